@@ -207,8 +207,10 @@ def _spread_out(op: AvgPool, a: Tensor, shape: tuple[int, ...]) -> Tensor:
     if op.stride != op.kernel:
         weight = a.new_full((channels, 1, height, width), 1 / (height * width))
         return _transposed(Conv2d("", weight, None, op.stride, (0, 0), (1, 1), channels), a, shape)
-    share = (a * (1 / (height * width)))[:, :, :, None, :, None]  # windows that share nothing
-    wide = share.expand(*a.shape[:3], height, a.shape[3], width).reshape(len(a), channels, a.shape[2] * height, -1)
+    share = a * (1 / (height * width))  # windows that share nothing
+    down, across = (torch.arange(n).repeat_interleave(k) for n, k in zip(a.shape[2:], op.kernel, strict=True))
+    index = (down[:, None] * a.shape[3] + across).flatten()
+    wide = share.flatten(2).index_select(2, index).view(len(a), channels, len(down), len(across))
     rest = (0, shape[2] - wide.shape[3], 0, shape[1] - wide.shape[2])
     return F.pad(wide, rest) if any(rest) else wide
 

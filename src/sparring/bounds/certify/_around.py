@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...graph import Add, Affine, AvgPool, Conv2d, Graph, Linear, Node, evaluate, with_tensors
+from ...graph import AvgPool, Conv2d, Graph, Linear, MaxPool, Node, ReLU, evaluate, with_tensors
+from .._curves import Curve
 from .._network import mapped
 from .._region import Region
-from ._receptive_field import Windows, stem_of, windows
+from ._receptive_field import stem_of, windows
 from ._relaxations import Lines, Relaxation, WindowLines
 
 _UNIT = 2.0**-24  # the relative error of one operation in float32
@@ -35,34 +36,42 @@ class Around:
     error: Tensor
 
 
-def around(seen: Windows, region: Region, relaxed: Mapping[int, Relaxation]) -> Around:
-    """Return the network up to the last node of some windows around the centres of regions.
+def around(
+    graph: Graph,
+    index: int,
+    sizes: Mapping[int, tuple[int, ...]],
+    region: Region,
+    relaxed: Mapping[int, Relaxation],
+    *,
+    parallel: bool,
+) -> Around:
+    """Return the network up to a node around the centres of regions; sizes: of the parts of all nodes that it needs.
 
     Its sums are of small numbers, whose errors in float32 are small too (Higham 2002, section 3.1): pulling a unit's
     coefficients back through sums of at most n terms in all is wrong by at most n·2^−24/(1 − n·2^−24) times the unit's
     value if nothing in it cancelled, computed forward from absolute values.
     """
     plain = _plain()
-    nodes = list(seen.graph.nodes[: seen.index + 1])
+    nodes = list(graph.nodes[: index + 1])
     values = Graph(tuple(nodes)).values(region.x)
-    sizes = {0: torch.maximum(region.x - region.lower, region.upper - region.x)}
+    reach = {0: torch.maximum(region.x - region.lower, region.upper - region.x)}
     lines: dict[int, Relaxation] = {}
-    for index in sorted(seen.windows)[1:]:
-        node = nodes[index]
-        if index in relaxed:
-            line = relaxed[index]
+    for at in sorted(sizes)[1:]:
+        node = nodes[at]
+        if at in relaxed:
+            line = relaxed[at]
             assert isinstance(line, Lines | WindowLines)
-            line = line.around(values[node.inputs[0]], values[index], parallel=index > stem_of(seen.graph))
-            sizes[index] = line.size(sizes[node.inputs[0]]).view(values[index].shape)
-            lines[index] = line if plain else line.rounded()
+            line = line.around(values[node.inputs[0]], values[at], parallel=parallel and at > stem_of(graph))
+            reach[at] = line.size(reach[node.inputs[0]]).view(values[at].shape)
+            lines[at] = line if plain else line.rounded()
             continue
         op = mapped(node.op, lambda value: value)  # type: ignore[arg-type]  # without what it adds
-        sizes[index] = evaluate(mapped(op, torch.abs), *(sizes[i] for i in node.inputs))
-        nodes[index] = replace(node, op=op if plain else with_tensors(op, lambda value: value.float()))
-    terms = 0 if plain else _terms(seen, lines)
-    error = sizes[seen.index] * (terms * _UNIT / (1 - terms * _UNIT)) + _TINY
+        reach[at] = evaluate(mapped(op, torch.abs), *(reach[i] for i in node.inputs))
+        nodes[at] = replace(node, op=op if plain else with_tensors(op, lambda value: value.float()))
+    terms = 0 if plain else _terms(graph, index, sizes)
+    error = reach[index] * (terms * _UNIT / (1 - terms * _UNIT)) + _TINY
     zero, one, two = (value - region.x for value in (region.x, region.lower, region.upper))
-    return Around(Graph(tuple(nodes)), replace(region, x=zero, lower=one, upper=two), lines, values[seen.index], error)
+    return Around(Graph(tuple(nodes)), replace(region, x=zero, lower=one, upper=two), lines, values[index], error)
 
 
 def number_type(graph: Graph) -> torch.dtype:
@@ -76,31 +85,35 @@ def _plain() -> bool:
     return reduced or torch.is_autocast_enabled("cpu")
 
 
-def _terms(seen: Windows, relaxed: Mapping[int, Relaxation]) -> int:
+def _terms(graph: Graph, index: int, sizes: Mapping[int, tuple[int, ...]]) -> int:
     """Count the terms of all sums and products in float32, one after another, in a unit's coefficients."""
-    stem = stem_of(seen.graph)
-    first = windows(seen.graph, stem) if stem else None
+    stem = stem_of(graph)
+    first = windows(graph, stem) if stem else None
+    alone = max((at for at in sizes if at < stem and isinstance(graph.nodes[at].op, Conv2d)), default=0)
     total = 0
-    for index in seen.windows:
-        node = seen.graph.nodes[index]
-        inside = first if first is not None and index <= stem else seen
-        size = node.shape[0] * math.prod(inside.windows[index].size)
-        total += _per_sum(node) + (_per_line(relaxed[index], size) if index in relaxed else 0)
-        total += 2 * size if index == stem else 0
+    for at in sizes:
+        node, inside = graph.nodes[at], first is not None and at <= stem
+        size = first.windows[at].size if first is not None and inside else sizes[at]
+        total += 2 if at == index else _per_sum(node, size, alone=inside and at == alone)
+        if at == stem and first is not None:
+            overlaps = (
+                -(-one // step) for one, step in zip(first.windows[0].size, first.windows[0].stride, strict=True)
+            )
+            total += 2 * node.shape[0] * math.prod(overlaps) + 4
     return total
 
 
-def _per_sum(node: Node) -> int:
+def _per_sum(node: Node, size: tuple[int, ...], *, alone: bool) -> int:
+    """Count the terms of one node; `alone`: of a single output channel, the others' are zero."""
     match node.op:
         case Conv2d():
-            return node.op.weight[:, 0].numel() + 2
+            return node.op.weight[0 if alone else slice(None), 0].numel() + 2
+        case Linear():
+            return len(node.op.weight) + 2
         case AvgPool():
             return math.prod(node.op.kernel) + 2
-        case Add() | Affine():
-            return 4
-    return 2
-
-
-def _per_line(lines: Relaxation, size: int) -> int:
-    parallel = isinstance(lines, Lines) and torch.equal(lines.low_slope, lines.high_slope)
-    return 4 if parallel else 4 + 2 * size
+        case MaxPool():
+            return 4 + 2 * math.prod(node.op.kernel)
+        case ReLU() | Curve():
+            return 6 + math.prod(size)
+    return 4

@@ -23,7 +23,8 @@ from ._search import Final, Search
 
 Bound = Callable[[Graph, Region, Tensor], Tensor]
 _CHUNK = 2**22  # coefficients of the margins that one image batch may need at once: 32 MB of float64
-_ROUGHLY = 0.3  # tolerance of a radius that only begins a search
+_WIDE = 0.3  # share of the linearised radius at which intervals show how fast they loosen
+_ROUGHLY = 0.3  # tolerance of a radius where CROWN found none
 _ROUNDING = 1e-12  # the error of float64 in a sum of thousands of terms, relative to the largest magnitude in it
 
 
@@ -221,7 +222,9 @@ def _few_passes(
     progress: Callable[[int, int], None] | None,
 ) -> Tensor:  # fmt: skip
     """Do what `radius_over` does for images whose margins at eps 0 are positive, one by one; see `Search`."""
-    near = radius_over(graph, x, y, norm, "crown-interval", _ROUGHLY)
+    wide = _WIDE * far
+    fallen = margin - margins_over(graph, x, y, norm, wide, "crown-interval").amin(1)
+    near = (margin / fallen).clamp_max(1) * wide  # where the margin would vanish if it fell evenly
     rows = margin_rows(graph, y)
 
     def found(one: slice) -> Tensor:
@@ -231,7 +234,11 @@ def _few_passes(
         )
         return torch.tensor([search.radius(start, limit)], dtype=torch.float64)
 
-    return over_slices(found, [slice(i, i + 1) for i in range(len(x))], progress)
+    safe = over_slices(found, [slice(i, i + 1) for i in range(len(x))], progress)
+    for image in (safe == 0).nonzero().squeeze(1).tolist():
+        one = slice(image, image + 1)
+        safe[one] = radius_over(graph, x[one], y[one], norm, "crown-interval", _ROUGHLY)
+    return safe
 
 
 def _linearised(graph: Graph, x: Tensor, y: Tensor, norm: float) -> Tensor:

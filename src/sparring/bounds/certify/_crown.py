@@ -15,7 +15,7 @@ from .._network import LinearOp, Moved, adjoint, moved_back, offset
 from .._region import Region
 from ._around import around, number_type
 from ._open_units import NONLINEAR, refined, wanted
-from ._receptive_field import Stem, Windows, stem_of, windows
+from ._receptive_field import Stem, Windows, stem_of, whole, windows
 from ._relaxations import Interval, Relaxation, first_layers, propagate, relax
 
 _STEM = 2**24  # coefficients of the first layers as linear functions
@@ -126,9 +126,10 @@ def _through_both(
     if both is None and (found := lines.pull_both(a)) is not None:
         part, total, low, high = found
         return (part,), (total,), low, high
-    negatives, high = lines.pull(_less(both, a), None)
-    parts, low = lines.pull(a, None)
-    return parts, [one + two for one, two in zip(parts, negatives, strict=True)], low, high
+    rows = a.shape[1]
+    parts, added = lines.pull(torch.cat([a, _less(both, a)], 1), None)
+    sums = [part[:, :rows] + part[:, rows:] for part in parts]
+    return tuple(part[:, :rows] for part in parts), sums, added[:, :rows], added[:, rows:]
 
 
 def _less(both: Tensor | None, a: Tensor) -> Tensor:
@@ -150,8 +151,8 @@ def bound_nodes(
     """Bound every node's output over a region, and every nonlinear node by lines.
 
     With `backward` the inputs of nonlinear nodes are refined by CROWN; without, all bounds are interval arithmetic.
-    `roughly`: those of units that see little of the image as in `around`, in a third of the time. `known` are bounds
-    over a region that contains this one.
+    `known` are bounds over a region that contains this one. `roughly`: as in `around`, in a third of the time, and
+    with lines of one slope where nothing is known.
     """
     attained = first_layers(graph, region)
     feeds = refined(graph) if backward else []
@@ -164,7 +165,9 @@ def bound_nodes(
         here = attained[index] if index in attained else _propagated(node, bounds, region)
         bounds.append(here if known is None else here.within(known[index]))
         if index in feeds and index not in attained:
-            bounds[index] = _refine(graph, index, bounds[index], region, relaxed, stems, roughly)
+            bounds[index] = _refine(
+                graph, index, bounds[index], region, relaxed, stems, roughly, parallel=known is None
+            )
     return bounds, relaxed
 
 
@@ -183,20 +186,59 @@ def _refine(
     relaxed: Mapping[int, Relaxation],
     stems: list[Stem | None],
     roughly: bool,
+    *,
+    parallel: bool,
 ) -> Interval:
     """Tighten the neurons of a node for which it may count, from windows where neurons see little.
 
     `stems`, one an image, are added when they are first needed.
     """
     some, seen = wanted(graph, index, known), windows(graph, index)
-    if seen is None:
-        return _refined(graph, index, known, some, region, relaxed)
-    if not roughly:
-        return _in_windows(seen, known, some, region, relaxed, stems)
-    near = around(seen, region, relaxed)
+    sizes = whole(graph, index) if seen is None else {i: window.size for i, window in seen.windows.items()}
+    if not roughly or sizes is None:
+        if seen is None:
+            return _refined(graph, index, known, some, region, relaxed)
+        return _in_windows(seen, known, some, region, relaxed, _stems(graph, index, relaxed, stems, len(region.x)))
+    near = around(graph, index, sizes, region, relaxed, parallel=parallel and seen is not None)
     box = Interval(*(side - near.value for side in known))
-    found = _in_windows(replace(seen, graph=near.graph), box, some, near.region, near.relaxed, stems)
+    first = _stems(near.graph, index, near.relaxed, stems, len(region.x))
+    if seen is None:
+        found = _in_whole(near.graph, index, box, some, near.region, near.relaxed, first)
+    else:
+        found = _in_windows(replace(seen, graph=near.graph), box, some, near.region, near.relaxed, first)
     return Interval(found.lower + near.value - near.error, found.upper + near.value + near.error).within(known)
+
+
+def _stems(
+    graph: Graph, index: int, relaxed: Mapping[int, Relaxation], stems: list[Stem | None], images: int
+) -> list[Stem | None]:
+    """Return the stem of each image, computed once for all nodes behind it; None before, where nodes have no lines."""
+    if index <= stem_of(graph):
+        return [None] * images
+    if not stems:
+        pieces = [slice(i, i + 1) for i in range(images)]
+        stems += [_stem(graph, {i: lines.of(piece) for i, lines in relaxed.items()}) for piece in pieces]
+    return stems
+
+
+def _in_whole(
+    graph: Graph,
+    index: int,
+    known: Interval,
+    some: Tensor,
+    region: Region,
+    relaxed: Mapping[int, Relaxation],
+    stems: list[Stem | None],
+) -> Interval:
+    parts = []
+    for start, stem in enumerate(stems):
+        image = slice(start, start + 1)
+        network, ball, lines = graph, region[image], {i: r.of(image) for i, r in relaxed.items()}
+        if stem is not None:
+            network, ball, lines = stem.before(graph, ball, lines)
+        box = Interval(*(side[image] for side in known))
+        parts.append(_refined(network, len(network.nodes) - 1, box, some[image], ball, lines))
+    return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
 
 
 def _in_windows(
@@ -208,15 +250,10 @@ def _in_windows(
     stems: list[Stem | None],
 ) -> Interval:
     parts = []
-    if not stems and seen.index > stem_of(seen.graph):  # before, its nodes have no lines
-        pieces = [slice(i, i + 1) for i in range(len(known.lower))]
-        stems += [_stem(seen.graph, {i: lines.of(piece) for i, lines in relaxed.items()}) for piece in pieces]
     for image in (slice(start, start + 1) for start in range(len(known.lower))):  # there are many windows per image
         open_, *here = (seen.by_place(value[image]) for value in (some, *known))
         chosen = _places(open_) if seen.padded else torch.arange(len(open_))
-        network, lines = seen.network(
-            chosen, {i: r.of(image) for i, r in relaxed.items()}, stems[image.start] if stems else None
-        )
+        network, lines = seen.network(chosen, {i: r.of(image) for i, r in relaxed.items()}, stems[image.start])
         box, reach = Interval(*(value[chosen] for value in here)), seen.region(region[image], chosen)
         found = _refined(network, len(network.nodes) - 1, box, open_[chosen], reach, lines)
         both = (seen.whole(old.index_copy(0, chosen, new)) for old, new in zip(here, found, strict=True))
@@ -239,8 +276,10 @@ def _stem(graph: Graph, relaxed: Mapping[int, Relaxation]) -> Stem | None:
     (low, below), (high, above) = (
         linear_bound(network, len(network.nodes) - 1, sign * rows, lines) for sign in (1, -1)
     )
-    slopes, shift = (torch.cat([b - a, -(a + b)], 1) / 2 for a, b in ((high, low), (above, below)))
-    return Stem(index, seen.windows[0], slopes.view(*places, *slopes.shape[1:]), shift.view(*places, -1))
+    both = (torch.cat([v, t[..., None].to(v.dtype)], 2) for v, t in ((low, below), (-high, -above)))
+    least, most = (value.transpose(1, 2) for value in both)  # (places, pixels + 1, C)
+    functions = torch.stack([most + least, most - least], 1) / 2
+    return Stem(index, seen.windows[0], functions.view(*places, *functions.shape[1:]))
 
 
 def flat(value: Tensor, batch: int = 1) -> Tensor:

@@ -6,6 +6,7 @@ may reach beyond the image into padding, which is ignored.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...graph import Add, Affine, AvgPool, Conv2d, Graph, MaxPool, Node, Op, ReLU
+from ...graph import Add, Affine, AvgPool, Conv2d, Graph, Input, MaxPool, Node, Op, ReLU
 from .._curves import Curve
+from .._network import LinearOp
 from .._region import Region
 from ._relaxations import Lines, Pulled, PulledBoth, Relaxation, WindowLines, pool_windows, tile_of
 
@@ -208,12 +210,10 @@ class Windows:
 class StemLines:
     """Bounds of a stem's outputs by linear functions of the pixels, as in `Stem`, for windows at some places.
 
-    slopes: (rows, columns, height, width, 2 · C, pixels) of windows at all places, the mean of both functions and then
-    half their difference; shift: alike, without pixels.
+    functions: (rows, columns, 2, height, width, pixels + 1, C) of windows at all places.
     """
 
-    slopes: Tensor
-    shift: Tensor
+    functions: Tensor
     rows: Tensor
     columns: Tensor
     kernel: Pair
@@ -225,51 +225,70 @@ class StemLines:
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
         """As for Lines, but down to the pixels."""
-        here = a.permute(0, 3, 4, 1, 2).contiguous()
-        signed = torch.cat([here, -here.abs()], 4)
-        slopes, shift = (value[self.rows, self.columns] for value in (self.slopes, self.shift))
-        return (self._pixels(signed @ slopes, a),), (signed @ shift[..., None]).sum((1, 2, 4))
+        pixels, added = self._pixels(a)
+        return (pixels[:, 0] - pixels[:, 1],), added[:, 0] - added[:, 1]
 
     def pull_both(self, a: Tensor) -> PulledBoth | None:
         """Do the same for a and −a at once."""
-        here = a.permute(0, 3, 4, 1, 2).contiguous()
-        slopes, shift = (value[self.rows, self.columns].chunk(2, 3) for value in (self.slopes, self.shift))
-        (middle, known), (half, open_) = (
-            (self._pixels(b @ slope, a), (b @ t[..., None]).sum((1, 2, 4), dtype=torch.float64))
-            for b, slope, t in zip((here, here.abs()), slopes, shift, strict=True)
-        )
-        return middle - half, -2 * half, known - open_, -known - open_
+        pixels, added = self._pixels(a)
+        spread, open_ = pixels[:, 1], added[:, 1]
+        return pixels[:, 0] - spread, -2 * spread, added[:, 0] - open_, -added[:, 0] - open_
 
-    def _pixels(self, found: Tensor, a: Tensor) -> Tensor:
-        """Add up coefficients on the pixels that outputs see, (N, rows, columns, K, pixels), like coefficients a."""
-        sides = zip(a.shape[3:], self.stride, self.kernel, strict=True)
-        shape = tuple((n - 1) * step + size for n, step, size in sides)
-        pixels = found.flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 1)
-        pixels = F.fold(pixels, shape, self.kernel, stride=self.stride)
-        return pixels.view(*a.shape[:2], *pixels.shape[1:])
+    def _pixels(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply a with the mean of both functions, and |a| with half their difference; add up what each pixel gets.
+
+        Coefficients (N, K, C, height, width) to (N, 2, K, *pixels), and to what is added, (N, 2, K).
+        """
+        here = a.permute(0, 3, 4, 2, 1).contiguous()  # units last: they are moved many at once
+        at = zip(self.rows.tolist(), self.columns.tolist(), strict=True)
+        found = torch.stack([self.functions[place] for place in at]) @ torch.stack([here, here.abs()], 1)
+        parts = (
+            found[..., :-1, :].view(*found.shape[:4], -1, *self.kernel, found.shape[-1]).permute(0, 1, 4, 5, 6, 2, 3, 7)
+        )
+        sides = [(n - 1) * step + 1 for n, step in zip(a.shape[3:], self.stride, strict=True)]
+        whole = [n + size - 1 for n, size in zip(sides, self.kernel, strict=True)]
+        pixels = found.new_zeros(*parts.shape[:3], *whole, parts.shape[-1])
+        for row, column in itertools.product(*map(range, self.kernel)):
+            below, right = (slice(at, at + n, by) for at, n, by in zip((row, column), sides, self.stride, strict=True))
+            pixels[:, :, :, below, right] += parts[:, :, :, row, column]
+        return pixels.movedim(-1, 2), found[..., -1, :].sum((2, 3), dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Stem:
     """The first layers of a network, up to node `index`, as two linear functions of the pixels for each output.
 
-    window: the pixels seen by the first place; slopes: (H, W, 2 · C, pixels of a window), the mean of the functions
-    below and above an output, then half their difference, of one image; shift: (H, W, 2 · C). CROWN through such layers
-    is the same as through these functions: every unit of theirs reaches one output alone, with a weight that is not
-    negative.
+    window: the pixels seen by the first place; functions: (H, W, 2, pixels of a window + 1, C), the mean of the
+    functions below and above an output, then half their difference, of one image, constants last. CROWN through such
+    layers is the same as through these functions: every unit of theirs reaches one output alone, with a weight that is
+    not negative.
     """
 
     index: int
     window: Window
-    slopes: Tensor
-    shift: Tensor
+    functions: Tensor
+
+    def before(
+        self, graph: Graph, region: Region, relaxed: Mapping[int, Relaxation]
+    ) -> tuple[Graph, Region, dict[int, Relaxation]]:
+        """Return a network of one image whose first layers are these functions, its region with padding, and bounds."""
+        shape, drop, (start, size, stride) = graph.nodes[self.index].shape, self.index - 1, self.window
+        pad: list[int] = []
+        for at, n, step, one, side in zip(start, shape[1:], stride, size, graph.nodes[0].shape[1:], strict=True):
+            pad = [-at, at + (n - 1) * step + one - side, *pad]
+        x, lower, upper = (F.pad(value, pad) for value in (region.x, region.lower, region.upper))
+        pixels = Node(Input(), (), tuple(x.shape[1:]))
+        first = Node(View(), (0,), shape)  # type: ignore[arg-type]
+        rest = (replace(node, inputs=tuple(i - drop for i in node.inputs)) for node in graph.nodes[self.index + 1 :])
+        zero = torch.zeros(1, dtype=torch.int64)
+        functions = self.seen(Window((0, 0), (shape[1], shape[2]), (1, 1)), zero, zero, (1, 1))
+        lines = {1: functions} | {i - drop: value for i, value in relaxed.items() if i > self.index}
+        return Graph((pixels, first, *rest)), replace(region, x=x, lower=lower, upper=upper), lines
 
     def seen(self, window: Window, rows: Tensor, columns: Tensor, places: Pair) -> StemLines:
         """Return the functions within windows at some of all places; those beyond the image are zero."""
-        slopes, shift = (
-            _unfolded(value, window, places).movedim((-2, -1), (2, 3)) for value in (self.slopes, self.shift)
-        )
-        return StemLines(slopes, shift, rows, columns, self.window.size, self.window.stride)
+        functions = _unfolded(self.functions, window, places).movedim((-2, -1), (3, 4))
+        return StemLines(functions, rows, columns, self.window.size, self.window.stride)
 
 
 def stem_of(graph: Graph) -> int:
@@ -320,6 +339,19 @@ def windows(graph: Graph, index: int) -> Windows | None:
         return None
     _, *places = nodes[index].shape
     return Windows(graph, index, found, (places[0], places[1]))
+
+
+def whole(graph: Graph, index: int) -> dict[int, tuple[int, ...]] | None:
+    """Return the sizes of the maps of all nodes before a node and of itself; None if one moves or multiplies values."""
+    found = {index: graph.nodes[index].shape[1:]}
+    for reader in range(index, 0, -1):
+        if reader not in found:
+            continue
+        node = graph.nodes[reader]
+        if not isinstance(node.op, LinearOp | Add | ReLU | MaxPool | Curve):
+            return None
+        found |= {source: graph.nodes[source].shape[1:] for source in node.inputs}
+    return found
 
 
 def _needed(op: Op, window: Window) -> Window | None:

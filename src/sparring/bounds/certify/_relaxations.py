@@ -154,8 +154,11 @@ class Lines(NamedTuple):
         """Do what `pull` does for a and −a; None if slopes differ."""
         if not torch.equal(self.low_slope, self.high_slope):
             return None
-        middle, half = (self.high_shift + self.low_shift)[:, None] / 2, (self.high_shift - self.low_shift)[:, None] / 2
-        known, open_ = ((b * t).flatten(2).sum(2, dtype=torch.float64) for b, t in ((a, middle), (a.abs(), half)))
+        low, high = self.low_shift.flatten(1), self.high_shift.flatten(1)
+        moved = ((low != 0) | (high != 0)).any(0).nonzero().squeeze(1)  # few: of a ReLU, those of open sign
+        low, high = (shift[:, None, moved].double() for shift in (low, high))
+        some = a.flatten(2)[:, :, moved].double()
+        known, open_ = (some * ((high + low) / 2)).sum(2), (some.abs() * ((high - low) / 2)).sum(2)
         return a * self.high_slope[:, None], None, known - open_, -known - open_
 
     def pull(self, a: Tensor, alpha: Tensor | None) -> Pulled:
@@ -167,7 +170,16 @@ class Lines(NamedTuple):
         shift = down * self.high_shift[:, None]
         if bool(self.low_shift.any()):  # a ReLU has none
             shift = up * self.low_shift[:, None] + shift
-        return (torch.addcmul(up * slope, down, self.high_slope[:, None]),), shift.flatten(2).sum(2)
+        return (torch.addcmul(up * slope, down, self.high_slope[:, None]),), _total(shift)
+
+
+def _total(value: Tensor) -> Tensor:
+    """Sum (N, K, ...) to (N, K) in float64, the places of a map before that: rounding is counted by their number."""
+    return (
+        (value.flatten(3).sum(3) if value.dtype == torch.float32 and value.dim() > 3 else value)
+        .flatten(2)
+        .sum(2, dtype=torch.float64)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,9 +230,9 @@ class WindowLines:
         """As for Lines; a maximum has no slope to optimise."""
         flat = a.flatten(2)
         up, down = flat.clamp_min(0), flat.clamp_max(0)
-        shift = (down * self.shift[:, None]).sum(2)
+        shift = _total(down * self.shift[:, None])
         if self.floor is not None:
-            shift = shift + (up * self.floor[:, None]).sum(2)
+            shift = shift + _total(up * self.floor[:, None])
         if self.tile is not None:
             return (self._spread(up, down).view(*a.shape[:2], *self.shape),), shift
         spread = down[..., None] * self.slopes[:, None]
