@@ -106,7 +106,12 @@ class Commands:
         train_it = ["train", "lenet-5", "--out", str(folder / "lenet.safetensors"), "--quiet"]
         attack_it = ["attack", str(folder / "lenet.safetensors"), "--attacks", "pgd", "--eps", "0.02"]
         settings = ["--set", "epochs=3"]
-        self.words = {"sparring train lenet-5": [*train_it, *settings], "sparring attack lenet-5": attack_it}
+        export_it = ["export", str(folder / "lenet.safetensors"), str(folder / "lenet.sparring"), "--images", "100"]
+        self.words = {
+            "sparring train lenet-5": [*train_it, *settings],
+            "sparring attack lenet-5": attack_it,
+            "sparring export lenet-5": export_it,
+        }
         self.names = list(self.words)
 
     def seconds(self, name: str) -> float:

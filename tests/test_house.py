@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparring"
 
 # docs/design.md, section 3, lowest first; names on one line are not importing each other.
 LAYERS = [
-    {"children", "declared", "draws", "errors", "facts", "modes", "outputs", "proofs", "ram", "units"},
+    {"children", "declared", "draws", "errors", "facts", "modes", "outputs", "proofs", "ram", "units", "waiting"},
     {
         "devices",
         "threat",
@@ -28,7 +28,6 @@ LAYERS = [
         "plugins",
         "progress",
         "threads",
-        "waiting",
     },
     {"history", "records", "tally"},
     {"attacks", "bounds", "sparsity", "data", "models", "metrics", "statistics"},

@@ -29,7 +29,7 @@ __all__ = ["alone", "courteous", "crowd", "together"]
 
 NAME = "sparring looks for cores"
 PAUSE, LONGEST = 0.03, 0.24  # seconds between two looks: at first, and at most while each finds free cores
-TURNS = 0.3  # seconds on one core, before the threads are released to see whether they still need it
+TURNS, LONG_TURNS = 0.3, 2.4  # seconds on one core before the threads are released: at first, and while that is best
 LINGER = 1.0  # seconds that a crowd waits for the next call: under load, creating it takes longer than short calls
 SMALL = 1 << 19  # numbers that one thread finishes before a sleeping one has woken
 BUSY, FREE = 0.1, 0.03  # seconds per second that threads wait for a core: above, it is shared; below, it is free again
@@ -123,7 +123,7 @@ class _Watcher(threading.Thread):
         self.openmp, self.cores = openmp, len(os.sched_getaffinity(0))
         self.calls, self.shared, self.over = 0, False, False
         self.small = True  # until a look finds that each thread has a core
-        self.pause = PAUSE
+        self.pause, self.turns = PAUSE, TURNS
         self.change = threading.Condition()
 
     def comes(self) -> bool:
@@ -147,7 +147,8 @@ class _Watcher(threading.Thread):
                 while self.shared == was and not self.over:
                     if was and last is None and self.small and _others() >= self.cores:
                         with together():
-                            time.sleep(TURNS)
+                            time.sleep(self.turns)
+                        self.turns = min(2 * self.turns, LONG_TURNS)
                     last = self._look(last)
 
     def _look(self, last: _Look | None) -> _Look | None:
@@ -167,6 +168,7 @@ class _Watcher(threading.Thread):
             self.shared = (now.waited - last.waited) / passed > (FREE if self.shared else BUSY)
             self.pause = PAUSE if self.shared else min(2 * self.pause, LONGEST)
             if not self.shared:
+                self.turns = TURNS
                 return now
             self.small = (now.ran - last.ran) / passed < 1 / (1 + _others() / self.cores)  # one thread would get that
             return None if self.small else now

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource, where: 
 def _write_onnx(network: nn.Module, how: ExportOptions, dataset: Dataset, place: Place) -> dict[str, Any]:
     """Write a network as ONNX; print and return its size and the error of its logits."""
     shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
-    path = deploy.to_onnx(network, how.out, shape=shape, images=few)
+    with shown_images("steps", name := "exporting") as tell:
+        path = deploy.to_onnx(network, how.out, shape=shape, images=few, progress=partial(tell, name))
     return {
         **_print_size(path, network),
         "logit_error": _check_onnx(path, place.model(network), as_float(dataset.test.x[: how.images])),
@@ -72,13 +74,9 @@ def _write_packed(
     model: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset, threat: Threat, place: Place
 ) -> dict[str, Any]:
     """Write a network as an artefact; print and return its size and the cost of shipping it."""
-    shape, few = tuple(dataset.test.x.shape[1:]), as_float(dataset.test.x[:8])
     if len(dataset.test.x) < 2:
         raise UserError("the attack on the exported file compares shares of images: give at least two test images")
-    packed = deploy.pack(
-        network, shape=shape, images=few, values=how.values, class_names=dataset.class_names or None,
-        calibrate=_calibrating(dataset) if how.activations == "int8" else None, provenance=_provenance(model, dataset),
-    )  # fmt: skip
+    packed = _packed(model, network, how, dataset)
     print(_gain(packed))
     path = deploy.write_program(packed.program, how.out, values=how.values)
     size = _print_size(path, network)
@@ -93,6 +91,17 @@ def _write_packed(
     change = {"estimate": found.change.estimate, "low": found.change.low, "high": found.change.high}
     numbers = {"values": how.values, "activations": how.activations}
     return {**size, **numbers, "images": count, "eps": threat.eps, **shares, "change": change}
+
+
+def _packed(model: ModelSource, network: nn.Module, how: ExportOptions, dataset: Dataset) -> deploy.Packed:
+    x = dataset.test.x
+    with shown_images("steps", name := "packing") as tell:
+        return deploy.pack(
+            network, shape=tuple(x.shape[1:]), images=as_float(x[:8]), values=how.values,
+            class_names=dataset.class_names or None,
+            calibrate=_calibrating(dataset) if how.activations == "int8" else None,
+            provenance=_provenance(model, dataset), progress=partial(tell, name),
+        )  # fmt: skip
 
 
 def _affordable(packed: deploy.Packed, image: Tensor, most: int, seconds: float) -> int:
@@ -148,7 +157,8 @@ def _print_size(path: Path, model: nn.Module) -> dict[str, int]:
 
 
 def _check_onnx(path: Path, model: nn.Module, x: Tensor) -> float | None:
-    error = deploy.onnx_error(path, model, x)
+    with shown_images(name="checking"):
+        error = deploy.onnx_error(path, model, x)
     own = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
     if error is None:
         print("not checked: ONNX Runtime is not installed (sparring[onnx])")

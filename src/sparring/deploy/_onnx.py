@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -19,30 +20,43 @@ from ..files import write_atomic
 from ..memory import answers
 from ..modes import eval_mode
 from ..outputs import logits_of, opened
+from ..waiting import courteous
 from ._compile import compile_model
 from ._equivalent import Equivalent
 from ._program import Floats
 
 _FOLDED = 1 << 40  # bytes of a constant that is folded at export: any
+_STEPS = 3  # of an export: remove what is not read, let torch write the graph, and fold its constants
 
 
-def to_onnx(model: nn.Module, path: Path | str, *, shape: tuple[int, ...], images: Tensor | None = None) -> Path:
+@courteous()
+def to_onnx(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    shape: tuple[int, ...],
+    images: Tensor | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Path:
     """Write a classifier for images of `shape` as ONNX, by torch.onnx: masks and normalisation folded.
 
     Input "images" (N, *shape) float32 in [0, 1], output "logits" (N, classes). N is free, or 1 if torch can export
     the network for a given number of images only. Unread units and constant channels are removed if sparse kernels run
-    the whole network. images: as in `export`. Raise UserError if the package onnxscript is missing,
+    the whole network. images, progress: as in `export`. Raise UserError if the package onnxscript is missing,
     Unsupported if torch.onnx.export fails.
     """
     try:
         import onnxscript
     except ImportError as error:
         raise UserError("ONNX export needs the package onnxscript: pip install 'sparring[onnx]'") from error
+    progress(0, _STEPS)
     first = next(model.parameters(), torch.zeros(()))
     network, example = _slim(model, shape, images), torch.rand(2, *shape, device=first.device)
     with eval_mode(network), graph.quiet():
+        progress(1, _STEPS)
         opened(network, example)  # torch prints the error in a sentence
         program = _exported(_Logits(network).eval(), example)
+        progress(2, _STEPS)
         onnxscript.optimizer.optimize_ir(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     written = program.model_proto
     for entry in (*written.graph.node, *written.graph.value_info, written.graph):
@@ -104,6 +118,7 @@ def run_session(session: Any, x: Floats) -> Floats:
     return np.concatenate([session.run(None, {"images": part})[0] for part in parts])
 
 
+@courteous()
 def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
     """Run an ONNX file in ONNX Runtime; return the largest difference of logits from a model's over the largest logit.
 
@@ -114,7 +129,9 @@ def onnx_error(path: Path | str, model: nn.Module, x: Tensor) -> float | None:
         import onnxruntime
     except ImportError:
         return None
-    engine = _Engine(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which is slow on a busy machine
+    engine = _Engine(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
     place = next((p.device for p in model.parameters()), x.device)
     with eval_mode(model):
         found, expected = (

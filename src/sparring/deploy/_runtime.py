@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, from_numpy, nn
 
 from ..errors import Unsupported, UserError
+from ..waiting import courteous
 from ._artefact import read_program, round_program, write_program
 from ._compile import compile_model
 from ._mixed import DENSITY, Mixed, Timed, is_dense, ways_of
@@ -21,6 +22,8 @@ from .kernels._engine import Engine, no_answer
 from .kernels._native import native_available
 from .rounding._calibrate import calibrate as calibrated
 from .rounding._reference import run_rounded
+
+_STEPS = 3  # of packing: compile the network, round it, and plan how it runs
 
 
 class Packed:
@@ -128,6 +131,7 @@ def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -
     return Timed(ways_of(program, threads=threads, first=engine)) if timed else Mixed(program, DENSITY, threads=threads)
 
 
+@courteous()
 def pack(
     model: nn.Module,
     *,
@@ -137,19 +141,25 @@ def pack(
     calibrate: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Packed:
     """Pack a classifier in memory, as `export` followed by `load`; arguments as there.
 
     How it runs depends on its weights only, not on timings, so that results are the same to the last bit.
     """
+    progress(0, _STEPS)
     names = None if class_names is None else tuple(class_names)
     program = compile_model(model, shape, images=images, class_names=names, provenance=provenance)
     if names is not None and len(names) != program.classes:
         raise UserError(f"{len(names)} class names for {program.classes} logits")
     if calibrate is not None and values != "int8":
         raise UserError(f"rounded activations need weights in int8 (values), not {values!r}")
+    progress(1, _STEPS)
     rounded = round_program(program, values)
-    return Packed(rounded if calibrate is None else calibrated(rounded, calibrate))
+    if calibrate is not None:
+        rounded = calibrated(rounded, calibrate)
+    progress(2, _STEPS)
+    return Packed(rounded)
 
 
 def export(
@@ -162,19 +172,21 @@ def export(
     calibrate: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
     """Write a classifier for images of `shape` as one artefact and return its path.
 
     images (N, *shape) in [0, 1]: a few real images, on which the artefact is compared with the model. `values` is the
     number format of the weights: "fp32" (exact), "fp16" or "int8" (one scale per output unit). `provenance` is any JSON
     object (study, cell, seed, hashes). `calibrate`: validation images (N, *shape) whose activations determine scales,
-    by which activations are rounded to 8 bits too (with int8 weights only). Raises Unsupported for a network without a
+    by which activations are rounded to 8 bits too (with int8 weights only). `progress` gets the number of finished
+    steps and the total. Raises Unsupported for a network without a
     packed form, UserError for weights that are not finite, or too large for fp16, and for activations that cannot be
     rounded.
     """
     packed = pack(
         model, shape=shape, images=images, values=values, calibrate=calibrate, class_names=class_names,
-        provenance=provenance,
+        provenance=provenance, progress=progress,
     )  # fmt: skip
     return write_program(packed.program, path, values=values)
 

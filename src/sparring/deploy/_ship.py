@@ -14,6 +14,7 @@ from ..modes import eval_mode
 from ..outputs import opened
 from ..statistics import Effect, effect
 from ..threat import Threat
+from ..waiting import courteous
 from ._runtime import Packed
 from ._torch_modules import PackedModule
 
@@ -49,6 +50,7 @@ class Shipped:
         return effect((self.stands_packed.double() - self.stands_model.double()).numpy()[None])
 
 
+@courteous()
 def ship_report(
     model: nn.Module,
     packed: Packed,

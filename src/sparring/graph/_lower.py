@@ -16,10 +16,12 @@ from ..declared import Declared
 from ..errors import Unsupported, UserError, short_of_memory, told
 from ..modes import eval_mode
 from ..outputs import check_module, logits_of
+from ..waiting import courteous
 from ._ops import Graph, SparseActivation, flat
 from ._plain_stacks import read_plain
 
 
+@courteous()
 def lower(
     model: nn.Module,
     shape: tuple[int, ...],

@@ -15,6 +15,7 @@ from ...facts import ATTACKS, OWN_ATTACK
 from ...modes import eval_mode
 from ...outputs import Opened, opened
 from ...threat import LINF, Threat, diameter, distance
+from ...waiting import courteous
 from .._gradients import frozen
 from .._meter import Progress, with_title
 from ..algorithms._losses import is_answer, margin_loss
@@ -38,6 +39,7 @@ class AuditRow:
     result: AttackResult
 
 
+@courteous()
 def audit(
     model: nn.Module,
     x: Tensor,

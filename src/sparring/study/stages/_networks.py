@@ -20,6 +20,7 @@ from ...modes import eval_mode
 from ...outputs import opened
 from ...records import Store, read_plan, read_record
 from ...sparsity import ACTIVATIONS, insert
+from ...waiting import courteous
 from ..runner._executors import Task
 from ._inputs import Activation, Inputs, Judged, Network
 
@@ -176,6 +177,7 @@ def chosen_places(dataset: Dataset, split: str, start: int, stop: int) -> Tensor
     return (fixed_order(len(part.x)) if drawn is None else drawn)[start:stop].int()
 
 
+@courteous()
 def check_fit(model: nn.Module, dataset: Dataset) -> None:
     """Raise UserError unless a model, in eval mode, maps a data set's images to its classes."""
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
