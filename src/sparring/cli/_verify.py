@@ -21,7 +21,7 @@ from ..graph import GraphModule, from_onnx, onnx_runtime, read_onnx
 from ..models import load_model
 from ..study import chosen_images
 from ..threat import Threat
-from ..units import parse_eps, parse_norm
+from ..units import duration, parse_eps, parse_norm
 from ._app import DataSource, ModelSource, VerifyOptions, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
@@ -74,7 +74,7 @@ def _about_images(model: ModelSource, how: VerifyOptions, data: DataSource, plac
     run = torch.no_grad()(place.answers(network, images))
     with shown_images() as tell:
         for i in range(len(y)):
-            tell("verify", i, len(y))
+            tell(f"verify, at most {duration(how.seconds)} an image", i, len(y))
             told = partial(_tell, f"image {i} of {len(y)}")
             one = images[i : i + 1], y[i : i + 1]
             found += bounds.verify(network, *one, norm, eps, run=run, seconds=how.seconds, progress=told)
