@@ -15,7 +15,7 @@ network, which is dense, in ONNX Runtime.
 With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Runtime's static int8 of the same network
 with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
 blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
-Logits must be those of plain integers to the last bit. Rows: over_onnxruntime of the int8 kernels and of the fp32
+Logits must be those of plain integers to the last bit, nearly if parts are dense. Rows: over_onnxruntime of the int8 kernels and of the fp32
 kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
 
 With `--threads`, instead: one process with two threads beside two processes with one thread each, which run side by
@@ -306,7 +306,9 @@ def rows_of_int8(name: str, sparsities: Sequence[float], rounds: int) -> Iterato
             model, path = sparse_network(kind, sparsity, blocks=blocks), Path(folder) / "net.sparring"
             plain = deploy.load(deploy.export(model, path, shape=kind.shape))
             packed = deploy.load(deploy.export(model, path, shape=kind.shape, values="int8", calibrate=images))
-            assert (packed(images[:2].numpy()) == run_rounded(packed.program, images[:2].numpy())).all()
+            expected = run_rounded(packed.program, images[:2].numpy())
+            nearly = 0 if packed.program.whole else 0.02 * np.abs(expected).max()  # dense parts compute in floats
+            assert np.abs(packed(images[:2].numpy()) - expected).max() <= nearly
             for batch in kind.batches:
                 x = np.random.default_rng(batch).random((batch, *kind.shape), np.float32)
                 runs = [partial(run, x) for run in (packed, plain, rival)]

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 from sparring import deploy
 from sparring.deploy._artefact import MAGIC
 from sparring.deploy._compile import compile_model
-from sparring.deploy._mixed import Mixed, spans_of
+from sparring.deploy._mixed import Mixed
 from sparring.deploy._program import Dense, Sparse
 from sparring.deploy._reference import run_reference
 from sparring.deploy._runtime import Packed
+from sparring.deploy._spans import spans_of
+from sparring.deploy.rounding._reference import run_rounded
 from sparring.errors import Unsupported, UserError
 from tests.zoo import ZOO
 
@@ -162,6 +164,22 @@ def test_however_it_is_cut_a_program_gives_the_same(density: float) -> None:
         assert_close(torch.from_numpy(Mixed(program, density).run(images(9).numpy())), model, images(9))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layers_compute_in_integers_and_the_rest_in_floats(tmp_path: Path, name: str) -> None:
+    """A last bit of the floats may decide a rounding, so that logits are only nearly those of plain integers."""
+    model, path = sparse(name), tmp_path / "net.sparring"
+    packed = deploy.pack(model, shape=SHAPE, values="int8", calibrate=images(64))
+    loaded = deploy.load(deploy.export(model, path, shape=SHAPE, values="int8", calibrate=images(64)))
+    assert packed.native and packed.program.rounding == loaded.program.rounding
+    for count in (1, 5, 70):
+        x = images(count)
+        expected, largest = run_rounded(packed.program, x.numpy()), float(model(x).abs().max())
+        for run in (packed, loaded):
+            assert np.abs(run(x).numpy() - expected).max() < 0.02 * largest
+        assert np.abs(model(x).numpy() - expected).max() < 0.1 * largest
+
+
 class Tokens(nn.Module):
     """Linear layers over the last axis, in two parts."""
 
@@ -190,6 +208,14 @@ def test_any_number_of_rows_gives_the_models_logits(count: int) -> None:
     model, mixed, x = tokens(count)
     assert_close(torch.from_numpy(mixed.run(x.numpy())), model, x)
     assert_close(torch.from_numpy(mixed.run(x[:1].numpy())), model, x[:1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [2, 23, 69])
+def test_rows_in_integers_give_the_bits_of_plain_integers(count: int) -> None:
+    model, _, x = tokens(count)
+    packed = deploy.pack(model, shape=(count, 21), values="int8", calibrate=x)
+    assert (packed(x.numpy()) == run_rounded(packed.program, x.numpy())).all()
 
 
 def test_parts_share_memory_but_not_between_threads() -> None:

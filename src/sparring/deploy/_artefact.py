@@ -43,7 +43,7 @@ from ._program import (
     infer_shapes,
     sparse_from_dense,
 )
-from .rounding._tasks import rounded_tasks
+from .rounding._tasks import check_rounding
 
 FORMAT = 3  # 2: without rounded activations; 1: without dense operations, constants and rows either
 MAGIC = b"\x93sparring\r\n\x1a\n\0\0\0"  # 16 bytes; the line ends reveal a transfer in text mode
@@ -255,7 +255,7 @@ class _Reader:
                 raise UserError(f"the artefact has an activation scale of {str(item)[:40]}")
             rounding[item[0]] = Rounding(float(np.float32(item[1])), item[2])
         result = replace(program, rounding=rounding)
-        rounded_tasks(result)  # refuses scales of other values than those that are rounded
+        check_rounding(result)  # refuses scales of other values than those that are rounded
         return result
 
     def _op(self, item: Any, values: str) -> Op:

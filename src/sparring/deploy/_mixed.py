@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -15,9 +14,11 @@ from torch import Tensor, from_numpy, nn
 
 from ..errors import Unsupported
 from ._equivalent import Equivalent, module_of
-from ._program import Add, Constant, Dense, Flatten, Floats, Program, ReLU, Shape, Sparse, Step, rows_of
+from ._program import Floats, Program, Sparse
+from ._spans import Span, integer_spans, part_of, spans_of
 from .kernels._engine import Arena, Engine
 from .kernels._native import Code
+from .rounding._reference import run_rounded
 
 DENSITY = 0.3  # up to which sparse kernels are usually faster than dense ones
 _TOGETHER = 64  # images, to limit the memory of values
@@ -38,64 +39,13 @@ class Runner(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Span:
-    """Consecutive steps that read one earlier value, `source`; only the last of them is read by others.
-
-    rows: the steps run over the last axis of values.
-    """
-
-    start: int
-    stop: int
-    source: int
-    rows: bool
-
-
-def spans_of(program: Program, density: float) -> list[Span]:
-    """Return the longest runs of steps with sparse kernels, those of layers up to a density, each with a layer."""
-    last = [0] * (len(program.steps) + 1)
-    for number, step in enumerate(program.steps):
-        for value in step.inputs:
-            last[value] = number
-    last[-1] = len(program.steps)
-    spans, at = [], 0
-    while at < len(program.steps):
-        span = _span(program, at, last, density)
-        spans += [] if span is None else [span]
-        at = at + 1 if span is None else span.stop
-    return spans
-
-
-def _span(program: Program, start: int, last: list[int], density: float) -> Span | None:
-    source, best, layers = program.steps[start].inputs[0], None, 0
-    rows = rows_of(program.steps[start].op)
-    for at in range(start, len(program.steps)):
-        step = program.steps[at]
-        inside = all(value == source or start < value <= at for value in step.inputs)
-        if not inside or not _serves(step, program.shapes, at, rows, density):
-            break
-        layers += isinstance(step.op, Sparse)
-        if layers and all(last[value] <= at for value in range(start + 1, at + 1)):
-            best = Span(start, at + 1, source, rows)
-    return best
-
-
-def _serves(step: Step, shapes: list[Shape], at: int, rows: bool, density: float) -> bool:
-    """Return whether a step has a sparse kernel and is not a layer above a density."""
-    op = step.op
-    if isinstance(op, Sparse):
-        return op.rows == rows and op.nonzeros <= density * math.prod(op.shape)
-    if rows:
-        return isinstance(op, ReLU | Add)
-    return not isinstance(op, Dense | Constant) and all(len(shapes[i]) in (1, 3) for i in (*step.inputs, at + 1))
-
-
 class Mixed:
-    """A program on sparse kernels for layers up to a density, and on torch for the rest."""
+    """A program on sparse kernels for layers up to a density (for all with `rounding`), and on torch for the rest."""
 
     def __init__(self, program: Program, density: float, *, threads: int = 1, code: Code | None = None) -> None:
         self._program = program
-        spans = {span.start: span for span in spans_of(program, density)}
+        found = integer_spans(program) if program.rounding else spans_of(program, density)
+        spans = {span.start: span for span in found}
         code = code or Code()
         self._last = {value: number for number, step in enumerate(program.steps) for value in step.inputs}
         self._parts: list[tuple[tuple[int, ...], int, Callable[..., Tensor]]] = []
@@ -142,18 +92,13 @@ class _Kernels:
     """One span of a program on sparse kernels, or on torch if the kernels cannot plan it."""
 
     def __init__(self, program: Program, span: Span, threads: int, code: Code, room: list[Arena]) -> None:
-        steps = [_moved(program.steps[at], span) for at in range(span.start, span.stop)]
-        shapes = program.shapes
-        self._shape, self._result = shapes[span.source], shapes[span.stop]
-        own = self._shape[-1:] if span.rows else self._shape
-        if not span.rows and len(self._result) > 1:
-            steps.append(Step(Flatten(), (len(steps),)))
-        self._own, self._part = own, Program(own, tuple(steps))
+        self._result = program.shapes[span.stop]
+        self._part = part_of(program, span)
         self._engine: Engine | None = Engine(self._part, threads=threads, code=code, rows=room if span.rows else None)
-        self._dense: nn.Module | None = None
+        self._other: Callable[[Floats], Floats] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        given = np.ascontiguousarray(x.numpy()).reshape(-1, *self._own)
+        given = np.ascontiguousarray(x.numpy()).reshape(-1, *self._part.shape)
         return from_numpy(self._run(given)).reshape(len(x), *self._result)
 
     def _run(self, x: Floats) -> Floats:
@@ -161,20 +106,19 @@ class _Kernels:
             try:
                 return self._engine.run(x)
             except Unsupported:
-                self._engine, self._dense = None, Equivalent(self._part)
-        assert self._dense is not None
-        result: Floats = self._dense(from_numpy(x)).numpy()
-        return result
+                self._engine, self._other = None, _without_kernels(self._part)
+        assert self._other is not None
+        return self._other(x)
 
     @property
     def bytes_memory(self) -> int:
         return 0 if self._engine is None else self._engine.bytes_memory
 
 
-def _moved(step: Step, span: Span) -> Step:
-    """Return a step of a span as a step of a separate program."""
-    inputs = tuple(0 if value == span.source else value - span.start for value in step.inputs)
-    return Step(replace(step.op, rows=False) if isinstance(step.op, Sparse) else step.op, inputs)
+def _without_kernels(program: Program) -> Callable[[Floats], Floats]:
+    """Return a function that computes the same without kernels: in torch, or integers in NumPy."""
+    dense = Equivalent(program)
+    return partial(run_rounded, program) if program.rounding else lambda x: dense(from_numpy(x)).numpy()
 
 
 class Timed:

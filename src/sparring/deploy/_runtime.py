@@ -125,7 +125,7 @@ def _engine(program: Program, threads: int, timed: bool) -> Engine | None:
 def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -> Mixed | Timed | Engine | None:
     """Return a runner of the program on bytes, or in parts if that may be necessary or faster."""
     if program.rounding:
-        return _engine(program, threads, timed)
+        return _engine(program, threads, timed) if program.whole else Mixed(program, 1.0, threads=threads)
     if engine is not None and not (timed and is_dense(program)):
         return None
     return Timed(ways_of(program, threads=threads, first=engine)) if timed else Mixed(program, DENSITY, threads=threads)

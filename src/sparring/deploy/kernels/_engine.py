@@ -132,7 +132,7 @@ class ExecutionPlan:
         self._run = _RUN(code["run"])
         memory = planner.arena_bytes, planner.fills(), fields
         self._room, self._size = room, planner.arena_bytes
-        self._workspace = partial(Workspace, 0, *memory[1:]) if room is not None else partial(Workspace, *memory)
+        self._workspace = partial(Workspace, *(memory if room is None else (0, [], fields)))
         self._single = partial(Single, memory, program, code, self._segments_address)
         self._idle: list[Workspace] = []
 

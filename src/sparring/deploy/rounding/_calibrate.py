@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import Unsupported, UserError
 from .._equivalent import Equivalent
 from .._program import Flatten, Program, Rounding, Scale
-from ._tasks import rounded_tasks, values_to_round
+from ._tasks import check_rounding, rounded_values
 
 CALIBRATING = 64  # images, from which scales follow where nobody says how many
 _TOGETHER = 64  # images
@@ -25,9 +25,9 @@ def calibrate(program: Program, images: Tensor) -> Program:
     """
     if images.shape[1:] != program.shape or not len(images):
         raise UserError(f"calibration takes images (N, {program.shape}), at least one, not {tuple(images.shape)}")
-    if not program.whole:
-        raise Unsupported("the network has operations without int8 kernels; export it with activations in float32")
-    wanted = values_to_round(program)
+    wanted = rounded_values(program)
+    if not wanted:
+        raise Unsupported("the network has no layer with int8 kernels; export it with activations in float32")
     inputs = {0}
     for number, step in enumerate(program.steps):
         if isinstance(step.op, Scale | Flatten) and step.inputs[0] in inputs:
@@ -35,7 +35,7 @@ def calibrate(program: Program, images: Tensor) -> Program:
     corners = torch.stack([torch.zeros(program.shape), torch.ones(program.shape)])
     seen, extremes = _ranges(program, wanted, images), _ranges(program, [v for v in wanted if v in inputs], corners)
     result = replace(program, rounding={v: _rounding(*(extremes.get(v) or seen[v])) for v in wanted})
-    rounded_tasks(result)
+    check_rounding(result)
     return result
 
 

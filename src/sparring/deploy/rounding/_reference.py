@@ -9,6 +9,7 @@ import numpy as np
 
 from .._program import Floats, Program, Scale
 from .._reference import evaluate, pool, sparse
+from .._spans import integer_spans, part_of
 from ..kernels._fusion import Elementwise, MaxPool, Move, Sparsify, Task
 from ._tasks import Dequantise, Integers, Quantise, RoundedLayer, RoundedPool, rounded_tasks
 
@@ -19,11 +20,26 @@ _FAR = np.float32(1 << 20)  # beyond every byte
 def run_rounded(program: Program, x: Floats) -> Floats:
     """Return the logits (N, classes) of images x (N, *shape), float32, of a program with `rounding`."""
     values: dict[int, Values] = {0: x}
+    if not program.whole:
+        return _run_parts(program, values)
     rounded = rounded_tasks(program)
     for task in rounded.tasks:
         found = _evaluate(task, values)
         values[task.result] = found.reshape(len(x), *rounded.shapes[task.result])
     logits: Floats = values[len(program.steps)]
+    return logits
+
+
+def _run_parts(program: Program, values: dict[int, Values]) -> Floats:
+    spans, at = {span.start: span for span in integer_spans(program)}, 0
+    while at < len(program.steps):
+        if span := spans.get(at):
+            part, read = part_of(program, span), values[span.source]
+            found, at = run_rounded(part, read.reshape(-1, *part.shape)), span.stop
+        else:
+            found, at = evaluate(program.steps[at].op, *(values[i] for i in program.steps[at].inputs)), at + 1
+        values[at] = found.reshape(len(values[0]), *program.shapes[at])
+    logits: Floats = values[at]
     return logits
 
 

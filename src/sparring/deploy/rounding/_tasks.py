@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from ...errors import Unsupported
 from .._program import Floats, Program, Rounding, Scale, Shape, Sparse
+from .._spans import integer_spans, part_of
 from ..kernels._fusion import Elementwise, FusedLayer, MaxPool, Move, Task, View, tasks_of
 
 _MOST = 1 << 31
+_OTHERS = "the network's activation scales are not those of the values that its layers read"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +118,32 @@ def _root(value: int, producers: dict[int, Task]) -> int:
     return root if isinstance(producers.get(root), FusedLayer) else value
 
 
+def rounded_values(program: Program) -> list[int]:
+    """Return the values to round of a program that may have operations without a kernel."""
+    if program.whole:
+        return values_to_round(program)
+    found = set()
+    for span in integer_spans(program):
+        own = values_to_round(part_of(program, span))
+        found |= {span.start + value if value else span.source for value in own}
+    return sorted(found)
+
+
+def check_rounding(program: Program) -> None:
+    """Raise Unsupported if a program with `rounding`, or a part of it, cannot be computed in integers."""
+    if program.whole:
+        rounded_tasks(program)
+        return
+    if set(rounded_values(program)) != set(program.rounding):
+        raise Unsupported(_OTHERS)
+    for span in integer_spans(program):
+        rounded_tasks(part_of(program, span))
+
+
 def rounded_tasks(program: Program) -> Rounded:
     """Return what a program with `rounding` computes; raise Unsupported if it cannot be computed in integers."""
-    if not program.whole:
-        raise Unsupported("the network has operations without int8 kernels; export it with activations in float32")
     if set(values_to_round(program)) != set(program.rounding):
-        raise Unsupported("the network's activation scales are not those of the values that its layers read")
+        raise Unsupported(_OTHERS)
     builder = _Builder(program)
     for task in tasks_of(program):
         builder.add(task)
