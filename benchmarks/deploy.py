@@ -15,8 +15,8 @@ network, which is dense, in ONNX Runtime.
 With `--int8`, instead: kernels on 8-bit weights and activations beside ONNX Runtime's static int8 of the same network
 with all its weights (uint8 activations, int8 weights per channel, calibrated on the same 64 images), on masks of 1 × 4
 blocks (four inputs of a unit, four channels of a tap; random where there are no whole blocks) and on random ones.
-Logits must be those of plain integers to the last bit, nearly if parts are dense. Rows: over_onnxruntime of the int8 kernels and of the fp32
-kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
+Logits must be those of plain integers to the last bit, nearly if parts are dense. Rows: over_onnxruntime of the int8
+kernels and of the fp32 kernels (fp32_...), over_fp32 (fp32 kernels' time over int8 kernels').
 
 With `--threads`, instead: one process with two threads beside two processes with one thread each, which run side by
 side. Logits must be equal to the last bit. Times are wall-clock times, so other programs must be idle. Rows:

@@ -7,8 +7,9 @@ parts, each also with activations on bytes) and their files changed: up to three
 anything, every tenth file cut short, half of all with a checksum made right again, so that the checks behind it are
 reached. What opens is run by numpy and by the kernels, on one, three and 19 images, with guard pages around every
 buffer. A file may be refused with a UserError, or be a sound network whose runs agree (on bytes to the last bit, unless
-parts are dense: then what one rounding changes); anything else (another exception, a process that died, 60 seconds, 4 GiB) is a failure, and the exit code 1. The files
-must be sound before they are changed. `SPARRING_CPU=avx2` or `sse` tries those kernels.
+parts are dense: then what one rounding changes); anything else (another exception, a process that died, 60 seconds,
+4 GiB) is a failure, and the exit code 1. The files must be sound before they are changed. `SPARRING_CPU=avx2` or `sse`
+tries those kernels.
 """
 
 from __future__ import annotations

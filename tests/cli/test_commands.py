@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -261,6 +262,7 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
         path, numbers = tmp_path / f"{values}.sparring", ("--values", values, "--activations", activations)
         told = sparring("export", models[1], path, "--data", "digits", *numbers, "--images", 50)
         assert told.code == 0 and path.exists() and "times smaller" in told.out and "artefact" in told.out
+        assert re.search(r"one image takes [\d.e-]+ ms on one core, [\d.]+ times as fast", told.out)
         assert bool(deploy.load(path).program.rounding) == (activations == "int8")
         certified = sparring("certify", path, "--data", "digits", "--images", 10)
         assert certified.code == (2 if activations == "int8" else 0)

@@ -141,13 +141,16 @@ def _provenance(model: ModelSource, dataset: Dataset) -> dict[str, Any]:
 
 
 def _gain(packed: deploy.Packed) -> str:
-    """Print how much of this network's work the sparse kernels save, before it is written."""
+    """Return what the sparse kernels save of this network's work and time, to be said before it is written."""
     kept, dense = deploy.products(packed.program)
     if not dense:
         return "no layer of this network can run on sparse kernels: it runs dense, in PyTorch"
-    said = f"sparse kernels compute {percent(kept / dense)} of the products per image ({kept:,} of {dense:,})"
-    few = ": little to gain; `sparring bench` compares engines" if 2 * kept > dense else ""
-    return said + few
+    ours, torchs = deploy.over_dense(packed)
+    few = "; little to gain: `sparring bench` compares engines" if 2 * ours > torchs else ""
+    return (
+        f"sparse kernels compute {percent(kept / dense)} of the products per image ({kept:,} of {dense:,}); "
+        f"one image takes {1e3 * ours:.3g} ms on one core, {torchs / ours:.2g} times as fast as dense in PyTorch{few}"
+    )
 
 
 def _print_size(path: Path, model: nn.Module) -> dict[str, int]:

@@ -19,7 +19,7 @@ from ._runtime import Packed, export, load, pack
 from ._ship import Shipped, ship_report
 from ._torch_modules import PackedModule
 from .rounding._calibrate import CALIBRATING
-from .timing._bench import Bench, BenchRow, bench, what_to_ship
+from .timing._bench import Bench, BenchRow, bench, over_dense, what_to_ship
 from .timing._clock import Timing, interleaved, peak_flops
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "multiplications",
     "onnx_error",
+    "over_dense",
     "pack",
     "peak_flops",
     "products",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +20,9 @@ from ...memory import free_memory, measured
 from ...modes import eval_mode
 from ...sparsity import apply_, magnitude, select
 from ...tally import counts
+from .._equivalent import Equivalent
 from .._program import products
-from .._runtime import load
+from .._runtime import Packed, load
 from ._clock import interleaved, one_core, peak_flops, processor
 from ._engines import ENGINES, Network, Opened, Unavailable, open_engines, run_torch
 
@@ -195,6 +197,15 @@ def _packed_seconds(network: Network, sparsity: float, x: np.ndarray) -> float:
     folder.mkdir()
     packed = load(replace(network, model=pruned, folder=folder).packed)
     return interleaved([partial(packed, x)], rounds=5)[0].median
+
+
+def over_dense(packed: Packed) -> tuple[float, float]:
+    """Return the seconds that one image takes on one core: in a packed network, and in PyTorch with all its weights."""
+    image = np.random.default_rng(0).random((1, *packed.program.shape), np.float32)
+    runs: list[Callable[[], object]] = [partial(packed, image), partial(run_torch, Equivalent(packed.program), image)]
+    with one_core():
+        ours, dense = interleaved(runs, rounds=5, clock=time.thread_time)
+    return ours.median, dense.median
 
 
 def what_to_ship(found: Bench) -> list[str]:
