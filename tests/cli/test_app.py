@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import runpy
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from sparring import __version__, cli
+from sparring import __version__, bounds, cli
 from sparring.cli import _app, _attack, _compare, _study
 from sparring.cli._app import CertifyOptions, DataSource, ModelSource, Where
 from sparring.errors import TERMINATED
@@ -113,3 +117,19 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _study.LiveView().console.no_color
     monkeypatch.setenv("NO_COLOR", "1")
     assert _study.LiveView().console.no_color
+
+
+@pytest.mark.parametrize(
+    ("pass_", "method", "steps"),
+    [(0.01, "crown", 60), (0.2, "crown-interval", 60), (0.72, "interval", 49), (2.0, "interval", 10)],
+)
+def test_what_is_left_of_seconds_chooses_the_bound_and_the_steps_of_the_attack(
+    monkeypatch: pytest.MonkeyPatch, pass_: float, method: str, steps: int
+) -> None:
+    each = {"alpha-crown": 50.0, "crown": 20.0, "crown-interval": 5.0, "interval": 0.5}
+    monkeypatch.setattr(bounds, "estimate", lambda *_, progress: each)
+    monkeypatch.setattr(_attack, "_pass_seconds", lambda *_: pass_)
+    found = _attack._chosen(CertifyOptions(seconds=50), nn.Identity(), torch.zeros(2, 1), math.inf, time.monotonic())
+    asked = inspect.signature(found.attack).parameters  # type: ignore[arg-type]
+    assert (found.method, found.seconds, asked["steps"].default) == (method, 2 * each[method], steps)
+    assert (found.rest > 0) == (pass_ < 0.1) and asked["starts"].default == (5 if pass_ < 0.1 else 0)

@@ -70,6 +70,23 @@ def test_every_command_on_a_trained_network_takes_a_test_split(photos: Path, spa
     assert sparring("bench", net, *given, "--rounds", 1, "--batches", 1).code == 0
 
 
+def test_a_study_that_trains_nothing_needs_no_training_images(photos: Path, sparring) -> None:  # type: ignore[no-untyped-def]
+    given = ("--classes", photos.parent / "index.json", *PREPARED)
+    begun = ("prune", "photographed:net", "--data", photos, *given, "--set", "epochs=0")
+    assert sparring(*begun, "--sparsity", 0.1, "--out", "trained.safetensors").code == 0
+    fgsm = '[[attacks]]\nname = "fgsm"\neps = [0.01]\n'
+    plan = f'data = "{photos}"\nsparsities = [0.5]\nseeds = 1\n[[pruning]]\nmethod = "one-shot"\nscore = "snip"\n{fgsm}'
+    Path("plan.toml").write_text(plan)
+    words = ("study", "plan.toml", "--model", "photographed:net", *given, "--out", "out", "--workers", 0, "--quiet")
+    refused = sparring(*words, "--weights", "trained.safetensors")
+    assert refused.code == 2 and "finetune.epochs = 0" in refused.err
+    done = sparring(*words, "--weights", "trained.safetensors", "--set", "finetune.epochs=0")
+    assert done.code == 0 and Path("out/report.html").exists()
+    about = json.loads(Path("out/plan.json").read_text())["dataset"]
+    assert (about["train"], about["valid"], about["test"]) == (0, 2, 4)
+    assert sparring("report", "out").code == 0
+
+
 @pytest.mark.filterwarnings("ignore::sparring.errors.DataWarning")  # which names three
 def test_every_file_that_is_not_read_is_named(photos: Path, sparring) -> None:  # type: ignore[no-untyped-def]
     odd = [f"odd{number}.txt" for number in range(5)]

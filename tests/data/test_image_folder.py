@@ -161,7 +161,7 @@ def test_labels_that_do_not_count_as_their_names_do_are_named(tmp_path: Path, cl
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"test/cat/0.png": image()}, r"no images in train/<class>/; .* a test split is enough"),
+        ({"test/cat/0.png": image()}, r"no images in train/<class>/; .*; a test split is enough"),
         ({"train/cat/0.png": image()}, r"no images in test/<class>/; put some there"),
         ({"cat/0.png": image(), "dog/0.png": image()}, r"in train/<class>/, only cat/0.png, dog/0.png"),
         ({"Train/cat/0.png": image()}, r"in train/<class>/, only Train/cat/0.png"),

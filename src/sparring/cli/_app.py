@@ -428,7 +428,7 @@ class CertifyOptions:
     method: Annotated[
         str | None, Option(help=f"Bound: {', '.join(BOUNDS)} [default: the tightest that fits in --seconds].")
     ] = None
-    seconds: Annotated[float, Option(help="Time budget, compared with an estimate that is printed first.")] = 300.0
+    seconds: Annotated[float, Option(help="Time budget of opening, estimating, attacking and certifying.")] = 300.0
     eps: Budgets = "0.01,0.03"
     images: Images = 100
     threads: Threads = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from .. import attacks, bounds
 from ..errors import UnknownNameError, UserError
 from ..metrics import distances, pixel_distances, robust_accuracy
+from ..outputs import opened
 from ..statistics import binomial_interval
 from ..study import chosen_images, configured
 from ..threat import L0, L2, LINF, Threat
@@ -22,6 +25,8 @@ from ._app import AttackOptions, CertifyOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
 from ._sources import float_images, open_both, place_for
+
+_LONG, _SHORT, _FEWEST = 200, 79, 10  # passes of `nearest`, those without further starts, and the fewest steps
 
 
 def run_attack(model: ModelSource, data: DataSource, how: AttackOptions, where: Where, *, as_json: bool) -> None:
@@ -106,22 +111,23 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
 
     Proofs are made on the CPU; the attack runs where `where` says.
     """
-    norm, budgets = _provable(how)
+    begin, (norm, budgets) = time.monotonic(), _provable(how)
     place = place_for(where, model)
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
-    images, generator = float_images(x, results=1), torch.Generator().manual_seed(0)
+    images = float_images(x, results=1)
     task = place.task(network, images, y)
-    method, takes = _chosen(how, network, images, norm)
+    chosen = _chosen(how, network, images, norm, begin)
     with shown_images() as tell:
         nearest = attacks.with_title("nearest", tell)
-        attacked = attacks.run(*task, attacks.nearest, Threat(norm), generator=generator, progress=nearest).cpu()
-        shown = functools.partial(tell, f"certify by {method}, about {takes} in all")
+        attacked = attacks.run(*task, chosen.attack, Threat(norm), seconds=chosen.rest, progress=nearest)
+        shown = functools.partial(tell, f"certify by {chosen.method}, about {duration(chosen.seconds)} in all")
         shown(0, len(y))
-        found = bounds.summary(network, images, y, norm, attacked, eps=budgets, method=method, progress=shown)
+        certify = functools.partial(bounds.summary, eps=budgets, method=chosen.method, progress=shown)
+        found = certify(network, images, y, norm, attacked.cpu())
     about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
     if as_json:
-        print_json({**about, **place.facts(task[0]), "method": method, **_as_json(found)})
+        print_json({**about, **place.facts(task[0]), "method": chosen.method, **_as_json(found)})
     else:
         print("{model} on {images} images of {data}: accuracy".format(**about), percent(found.accuracy))
         _print_summary(found, norm_name(norm))
@@ -139,18 +145,49 @@ def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:
     return norm, budgets
 
 
-def _chosen(how: CertifyOptions, network: nn.Module, images: Tensor, norm: float) -> tuple[str, str]:
-    """Return the method and its estimated time; print the estimates if they choose it."""
+@dataclass(frozen=True)
+class _Chosen:
+    """A method, its estimated time, the attack beside it, and the seconds that are left for finite differences."""
+
+    method: str
+    seconds: float
+    attack: attacks.Attack
+    rest: float
+
+
+def _chosen(how: CertifyOptions, network: nn.Module, images: Tensor, norm: float, begin: float) -> _Chosen:
+    """Choose a method, and the steps of the attack, for what is left of --seconds; print the estimates."""
+    began = time.monotonic()
     with shown_images("steps", name := "estimating") as tell:
         each = bounds.estimate(network, images, norm, progress=functools.partial(tell, name))
-    method = how.method or bounds.tightest(each, len(images), how.seconds)
-    costs = {name: duration(len(images) * cost) for name, cost in each.items()}
-    if how.method is None:
-        said = ", ".join(f"{name} {cost}" for name, cost in costs.items())
-        print(
-            f"estimated for {len(images)} images: {said}; --seconds {how.seconds:g} selects {method}", file=sys.stderr
-        )
-    return method, costs[method]
+    pass_ = _pass_seconds(network, images)
+    now = time.monotonic()
+    left = how.seconds - (now - begin) - (now - began)  # the network is opened once more
+    method = how.method or bounds.tightest(each, len(images), left - pass_ * _SHORT)
+    seconds = len(images) * each[method]
+    passes = int((left - seconds) / pass_)
+    if how.method is not None:
+        return _Chosen(method, seconds, attacks.nearest, math.inf)
+    costs = ", ".join(f"{name} {duration(len(images) * cost)}" for name, cost in each.items())
+    print(f"estimated for {len(images)} images: {costs}; --seconds {how.seconds:g} selects {method}", file=sys.stderr)
+    if passes >= _LONG:
+        return _Chosen(method, seconds, attacks.nearest, (passes - _LONG) * pass_)
+    steps = max(_FEWEST, min(passes, _SHORT) - _SHORT + 60)
+    print(
+        f"the attack takes {steps} steps without further starts, to end in time: --seconds changes this",
+        file=sys.stderr,
+    )
+    return _Chosen(method, seconds, functools.partial(attacks.nearest, steps=steps, starts=0), 0)
+
+
+def _pass_seconds(network: nn.Module, images: Tensor) -> float:
+    """Return the seconds of one forward and backward pass of all images, measured on at most eight."""
+    x = images[:8].clone().requires_grad_()
+    begin = time.perf_counter()
+    logits = opened(network, x)(x)
+    if logits.requires_grad:
+        torch.autograd.grad(logits.sum(), x, allow_unused=True)
+    return (time.perf_counter() - begin) * len(images) / len(x)
 
 
 def _as_json(found: bounds.Summary) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Examples:
 
 from ._registry import DATASETS, Available, available, kind_of, load
 from ._request import EVERYTHING, SPLITS, ClassList, Geometry, Preparation, Request, read_classes
-from ._types import Dataset, Split, as_float, content_hash, fixed_order, from_splits
+from ._types import Dataset, Split, as_float, content_hash, fixed_order, from_splits, untrained
 from .formats._torch_datasets import from_torch
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "kind_of",
     "load",
     "read_classes",
+    "untrained",
 ]

@@ -27,6 +27,10 @@ from .formats._listing import CLASSES, PARTS, Entry, Listing
 
 Begin = Callable[[Dataset], None]
 ALMOST = {**PARTS, "training": "train", "testing": "test"}  # in capitals, or other words
+_UNTRAINED = (
+    "; a test split is enough to attack a trained network, and to prune or study one with epochs=0 (in a plan: its "
+    "weights, and finetune.epochs = 0)"
+)
 
 
 def load_images(
@@ -195,7 +199,7 @@ def _parts(listing: Listing, path: Path, request: Request) -> tuple[dict[str, li
         )
     for part in ("train", "test") if request.parts == "all" else ("test",):
         if part not in parts:
-            few = "; to attack a trained network, a test split is enough" if part == "train" else ""
+            few = _UNTRAINED if part == "train" else ""
             place = listing.layout.format(part=part)
             raise DataError(f"{path} has no images in {place}{_instead(listing, path)}; put some there{few}")
     return ({"test": parts["test"]} if request.parts == "test" else parts), notes

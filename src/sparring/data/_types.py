@@ -10,7 +10,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,6 +231,20 @@ def hold_out(train: Split, *, seed: int | None = None) -> tuple[Split, Split]:
     held = torch.zeros(len(train.y), dtype=torch.bool)
     held[order[chosen]] = True
     return take(train, ~held), take(train, held)
+
+
+def untrained(dataset: Dataset) -> Dataset:
+    """Return a data set for networks that are not trained, which needs no training images.
+
+    Validation images take their place, on which only scores are computed. If there are none either, every tenth image
+    of a class is held out of the test images, as in `hold_out`; raises DataError if no class has two.
+    """
+    if len(dataset.train.y):
+        return dataset
+    test, valid = (dataset.test, dataset.valid) if len(dataset.valid.y) else hold_out(dataset.test)
+    if not len(valid.y):
+        raise DataError(f"'{dataset.name}' has one image per class; a study needs others for validation, in valid/")
+    return replace(dataset, train=valid, valid=valid, test=test)
 
 
 def limited(dataset: Dataset, limit: Mapping[str, int]) -> Dataset:

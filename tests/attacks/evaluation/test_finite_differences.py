@@ -310,3 +310,10 @@ def test_differences_are_the_gradient_where_the_network_is_linear(many: Tensor) 
     ):
         assert torch.allclose(ask(model), ask(linear), atol=1e-9)
     assert model.passes == 2 * 32 * 40
+
+
+def test_differences_that_would_take_too_long_are_left_out(many: Tensor) -> None:
+    model = Cut(PIXELS["the left half"], BRANCHES["detached"])
+    y = model(many).argmax(1)
+    long, short = (run(model, many, y, ATTACKS["pgd"], Threat(LINF, EPS), seconds=s) for s in (1e6, 0.0))
+    assert short.forwards < long.forwards / 4 and robust_accuracy(long) < robust_accuracy(short)

@@ -248,6 +248,7 @@ def test_large_images_run_one_by_one_where_asked(sparse_model, monkeypatch):
     assert [(layout.tiles, at, n) for layout, at, n in alone._parts(5)] == [(False, 0, 3), (False, 3, 2)]
     assert all(layout.tiles for layout, _, _ in together._parts(host_lanes()))
     assert (alone.run(x) == np.concatenate([alone.run(x[i : i + 1]) for i in range(5)])).all()
+    assert len(alone.run(x[:0])) == 0
     assert np.abs(alone.run(x) - together.run(x)).max() <= 5e-6 * np.abs(together.run(x)).max()
 
 

@@ -343,6 +343,12 @@ def _parts(silent: Tensor) -> Iterator[tuple[Tensor, int]]:
     yield torch.ones_like(silent), _WHOLE
 
 
+def groups_of(model: nn.Module) -> int:
+    """Return how many passes a gradient by finite differences takes at most."""
+    parameters = sum(value.numel() for value in model.parameters())
+    return min(_GROUPS, max(16, _WORK // max(1, parameters)))
+
+
 class Differences(nn.Module):
     """A model whose input gradients are autograd's, except at blind pixels, where they are finite differences.
 
@@ -355,8 +361,7 @@ class Differences(nn.Module):
         super().__init__()
         self.model, self.pixels, self.passes = model, blind.flatten().nonzero().squeeze(1), 0
         self.generator = torch.Generator().manual_seed(0)
-        parameters = sum(value.numel() for value in model.parameters())
-        self.groups = min(_GROUPS, max(16, _WORK // max(1, parameters)))
+        self.groups = groups_of(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the model's logits."""

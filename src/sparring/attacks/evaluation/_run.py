@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,16 @@ from .._meter import Meter, Progress
 from ..algorithms._projections import select
 from ..fastpath._convnet import read_convolved
 from ..fastpath._mlp import ByHand, read_dense
-from ._bpda import PrefixSplit, blind_pixels, dense_copy, has_masked_gradients, is_stochastic, seeded, split_at_draw
+from ._bpda import (
+    PrefixSplit,
+    blind_pixels,
+    dense_copy,
+    groups_of,
+    has_masked_gradients,
+    is_stochastic,
+    seeded,
+    split_at_draw,
+)
 from ._sanity_checks import (
     Flag,
     check_inputs,
@@ -125,6 +135,7 @@ def run(
     generator: Source = None,
     draws: int = 10,
     convergence: int = 0,
+    seconds: float = math.inf,
     progress: Progress | None = None,
 ) -> AttackResult:
     """Attack every correctly classified image and judge the result on a fresh forward pass.
@@ -143,9 +154,8 @@ def run(
     Random numbers are each image's own: of its key in a `Draws`, or of its number and a seed from a torch.Generator
     (None: 0). A stochastic model is attacked with single passes and then in expectation over `draws` passes. An image
     counts as misclassified if most of 3·draws + 1 other passes are wrong. `through` is the same network with faster
-    passes, such as packed kernels: the attack uses it, and the model judges the result. `convergence` is the number of
-    images on which a run four times as long shows whether more steps would help (see `check_convergence`). `progress`
-    gets a stage ("preparing" or "attacking"), how many images are done (inside a batch an estimate), and of how many.
+    passes, for the attack alone. `convergence` images show whether more steps would help (see `check_convergence`);
+    `seconds` limits finite differences. `progress` gets a stage, how many images are done (roughly), and of how many.
 
     Raises UserError for invalid inputs or models (see docs/flags.md).
     """
@@ -162,7 +172,7 @@ def run(
         model, others = hold(stack, model, surrogates, x)
         check_targets(model, x, y, targets)
         order = Order(attack, threat, x, y, targets, batch_size or 0, draws_for(x, generator), progress)
-        result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags))
+        result, _ = attack_held(model, others, lent or {}, order, through, draws, Checked(flags), seconds)
     if convergence and length_of(attack) is not None:
         flags = check_convergence(
             model, x, y, attack, threat, result, images=convergence, targets=targets, batch_size=batch_size,
@@ -258,6 +268,7 @@ def attack_held(
     through: nn.Module | None,
     draws: int,
     seen: Checked,
+    seconds: float = math.inf,
 ) -> tuple[AttackResult, Checked]:
     """Return the result of `run` except for the time, for models that are held, and the results of the checks.
 
@@ -272,7 +283,7 @@ def attack_held(
     with seeded(model, seed):
         seen = seen if seen.done else _checked(best, model, random, by_hand=hand is not None)
         meter.finish_(meter.images)
-        _attack_in_all_ways(best, probe, model, seen)
+        _attack_in_all_ways(best, probe, model, seen, seconds)
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
         transfer(best, lenders, lent)
         best.flags += best.violations(probe.nonfinite + begun.watch.nonfinite)
@@ -306,13 +317,15 @@ def _checked(best: Best, model: nn.Module, random: bool, *, by_hand: bool) -> Ch
     return Checked(tuple(best.flags), random, blind, done=len(rows) > 0)
 
 
-def _attack_in_all_ways(best: Best, probe: Probe, model: nn.Module, seen: Checked) -> None:
+def _attack_in_all_ways(best: Best, probe: Probe, model: nn.Module, seen: Checked, seconds: float) -> None:
+    begin = time.perf_counter()
     if seen.random:
         attack_single_draws(best, probe)
     attack_itself(best, probe, random=seen.random)
+    took = time.perf_counter() - begin
     if has_masked_gradients(model) or "zero-gradients" in {flag.name for flag in best.flags}:
         attack_straight_through(best, probe, model)
-    if seen.blind is not None:
+    if seen.blind is not None and took * (1 + groups_of(model)) <= seconds:
         attack_by_differences(best, probe, model, seen.blind)
 
 

@@ -380,7 +380,7 @@ class Engine:
         The split depends only on the network and the batch size, since it determines how sums are rounded.
         """
         if self._alone:
-            share = -(-count // self._threads)
+            share = -(-count // self._threads) or 1
             return [(Layout(False, self._lanes), at, min(share, count - at)) for at in range(0, count, share)]
         most = self._units * self._lanes
         whole = count // most * most

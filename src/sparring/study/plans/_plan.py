@@ -10,7 +10,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +151,14 @@ class Plan:
 
     def request(self, *, cache: bool = True) -> Request:
         """Return the request for the plan's data; `cache` as in `Request`."""
-        return (self.prepare or Preparation()).request(cache=cache)
+        request = (self.prepare or Preparation()).request(cache=cache)
+        return request if self.trains else replace(request, parts="any")
+
+    @property
+    def trains(self) -> bool:
+        """Whether networks are trained, so that the plan needs training images."""
+        others = self.controls.small_dense or self.controls.wide_sparse or self.linear
+        return bool(self.model.weights is None or self.finetune.epochs or others)
 
     @property
     def labels(self) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...data import Dataset, load
+from ...data import Dataset, load, untrained
 from ...devices import Place, place_of
 from ...errors import DamageError, PlanError, UserError
 from ...files import canonical_json, sha256_bytes
@@ -105,6 +105,7 @@ def run(
     store.prepare()
     if dataset is None:
         dataset = load(plan.data, request=plan.request())
+    dataset = dataset if plan.trains else untrained(dataset)
     with store.lock():
         read_history(out)  # a damaged history is reported before the work, not after it
         facts = DataFacts.of(dataset)
@@ -247,7 +248,7 @@ def _described(plan: Plan, work: Work, dataset: Dataset) -> PlanFile:
             "name": dataset.name,
             "classes": list(dataset.class_names),
             "class_count": dataset.classes,
-            "train": len(dataset.train.x),
+            "train": 0 if dataset.train is dataset.valid else len(dataset.train.x),
             "valid": len(dataset.valid.x),
             "test": len(dataset.test.x),
             "shape": list(dataset.train.x.shape[1:]),
