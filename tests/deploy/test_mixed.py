@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from sparring import deploy
 from sparring.deploy._artefact import MAGIC
 from sparring.deploy._compile import compile_model
-from sparring.deploy._mixed import Mixed
+from sparring.deploy._mixed import Mixed, Timed
 from sparring.deploy._program import Dense, Sparse
 from sparring.deploy._reference import run_reference
 from sparring.deploy._runtime import Packed
 from sparring.deploy._spans import spans_of
+from sparring.deploy.kernels._engine import no_answer
 from sparring.deploy.rounding._reference import run_rounded
 from sparring.errors import Unsupported, UserError
 from tests.zoo import ZOO
@@ -178,6 +179,18 @@ def test_layers_compute_in_integers_and_the_rest_in_floats(tmp_path: Path, name:
         for run in (packed, loaded):
             assert np.abs(run(x).numpy() - expected).max() < 0.02 * largest
         assert np.abs(model(x).numpy() - expected).max() < 0.1 * largest
+
+
+def test_one_image_takes_the_short_way_after_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Timed, "_fastest", lambda self, x: self._ways[0]())
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    with torch.no_grad():
+        model[1].weight.mul_(torch.rand(32, 64) < 0.1)
+    packed = deploy.load(deploy.export(model, tmp_path / "net.sparring", shape=SHAPE))
+    x = images(1).numpy()
+    first = packed(x)
+    assert isinstance(packed._runner, Timed) and packed._answer is not no_answer
+    assert (packed(x) == first).all()
 
 
 class Tokens(nn.Module):

@@ -136,6 +136,11 @@ class Timed:
         return self._chosen[alone].run(x)
 
     @property
+    def single(self) -> Runner | None:
+        """Return what runs single images, once it is chosen."""
+        return self._chosen.get(True)
+
+    @property
     def bytes_memory(self) -> int:
         """Return the bytes of the chosen ways."""
         return sum(way.bytes_memory for way in {id(w): w for w in self._chosen.values()}.values())

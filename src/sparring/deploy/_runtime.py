@@ -68,11 +68,13 @@ class Packed:
         images: Floats = np.ascontiguousarray(x, np.float32)
         if images.shape[1:] != self.program.shape:
             raise UserError(f"the network takes images (N, {self.program.shape}), not {images.shape}")
-        if isinstance(self._runner, Engine) and len(images) == 1:
-            self._answer = self._runner.answer
-        if self._runner is not None:
-            return self._runner.run(images)
-        return (run_rounded if self.program.rounding else run_reference)(self.program, images)
+        if self._runner is None:
+            return (run_rounded if self.program.rounding else run_reference)(self.program, images)
+        logits = self._runner.run(images)
+        chosen = self._runner.single if isinstance(self._runner, Timed) else self._runner
+        if isinstance(chosen, Engine) and len(images) == 1:
+            self._answer = chosen.answer
+        return logits
 
     def gradient(self, x: Tensor, upstream: Tensor) -> Tensor:
         """Return the gradient of sum(upstream · logits) at images x (N, *shape), for upstream (N, classes).
