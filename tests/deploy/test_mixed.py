@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -232,13 +233,17 @@ def test_rows_in_integers_give_the_bits_of_plain_integers(count: int) -> None:
 
 
 def test_parts_share_memory_but_not_between_threads() -> None:
-    mixed = tokens(69)[1]
-    batches = [torch.rand(3, 69, 21).numpy() for _ in range(8)]
+    mixed, interval = tokens(197)[1], sys.getswitchinterval()
+    batches = [torch.rand(16, 197, 21).numpy() for _ in range(8)]
     alone = [mixed.run(batch) for batch in batches]
     assert len(mixed._room) == 1
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(mixed.run, batches * 20))
-    assert all((a == b).all() for a, b in zip(alone * 20, together, strict=True))
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(mixed.run, batches * 30))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all((a == b).all() for a, b in zip(alone * 30, together, strict=True))
 
 
 def test_sparse_kernels_get_all_layers_up_to_the_density() -> None:

@@ -152,8 +152,12 @@ class ExecutionPlan:
         except IndexError:
             space = self._workspace()
         if self._room is not None:
-            space.arena = self._room.pop() if self._room else space.arena
-            space.arena = space.arena if space.arena.size >= self._size else Arena(self._size)
+            try:
+                space.arena = self._room.pop()
+            except IndexError:  # all are in use, the one that this space had before too
+                space.arena = Arena(self._size)
+            if space.arena.size < self._size:
+                space.arena = Arena(self._size)
         return space
 
     def _give(self, space: Workspace) -> None:
