@@ -184,14 +184,15 @@ def test_layers_compute_in_integers_and_the_rest_in_floats(tmp_path: Path, name:
 
 def test_one_image_takes_the_short_way_after_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Timed, "_fastest", lambda self, x: self._ways[0]())
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    first = nn.Linear(64, 32)
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(32, 10)).eval()
     with torch.no_grad():
-        model[1].weight.mul_(torch.rand(32, 64) < 0.1)
+        first.weight.mul_(torch.rand(32, 64) < 0.1)
     packed = deploy.load(deploy.export(model, tmp_path / "net.sparring", shape=SHAPE))
     x = images(1).numpy()
-    first = packed(x)
+    logits = packed(x)
     assert isinstance(packed._runner, Timed) and packed._answer is not no_answer
-    assert (packed(x) == first).all()
+    assert (packed(x) == logits).all()
 
 
 class Tokens(nn.Module):
