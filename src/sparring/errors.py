@@ -62,7 +62,7 @@ class UnknownNameError(UserError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1)
+        near = [one for one in names if one.lower() == name.lower()] or difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         shown = names if len(names) <= MANY else difflib.get_close_matches(name, names, n=12, cutoff=0.3)
         super().__init__(f"unknown {kind} '{name}'.{hint} {'Known' if shown is names else 'Near'}: {', '.join(shown)}")

@@ -137,7 +137,11 @@ def _tried(model: nn.Module, x: Tensor, kinds: Iterable[torch.dtype]) -> _Trial:
         except Exception as error:  # a user's own code can raise anything
             failure = error
             continue
-        _check_shape(logits_of(output), len(x))
+        if (logits := logits_of(output)).is_inference():
+            raise UserError(
+                "the model works in torch.inference_mode(), so it has no gradients; take that out of forward()"
+            )
+        _check_shape(logits, len(x))
         return _Trial(kind, given._version > 0 or not torch.equal(given, x.to(kind)), output)
     raise UserError(f"the model fails on {_count(x)}: {told(failure)}") from failure
 

@@ -17,7 +17,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from .errors import UnknownNameError, UserError, told
 
-__all__ = ["check_options", "code_hash", "import_object", "look_up", "takes"]
+__all__ = ["check_call", "check_options", "code_hash", "import_object", "look_up", "takes"]
 
 
 def import_object(path: str) -> Any:
@@ -26,6 +26,8 @@ def import_object(path: str) -> Any:
     Raise UserError if the module cannot be imported, lacks the name, or if the object cannot be called.
     """
     module_name, _, attribute = path.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        raise UserError(f"'{path}' names a file; name the module, such as {Path(module_name).stem}:{attribute}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -84,9 +86,22 @@ def check_options(
             raise UserError(f"{who} has no option '{name}'; it has: {', '.join(known) or 'none'}")
         try:
             _type_of(function, known[name]).validate_json(json.dumps(value, allow_nan=False), strict=True)
-        except (TypeError, ValueError, PydanticUserError) as error:
+        except PydanticUserError as error:
+            raise UserError(
+                f"{who}: option '{name}' takes a value that only Python code can give; remove it"
+            ) from error
+        except (TypeError, ValueError) as error:
             why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UserError(f"{who}: option '{name}': {why.splitlines()[0]}, not {value!r}") from error
+
+
+def check_call(who: str, function: Callable[..., Any], *args: object, **options: object) -> None:
+    """Raise UserError, before any work, if a user's function cannot be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*args, **options)
+    except TypeError as error:
+        given = ["model", "batch"][: len(args)] + list(options)
+        raise UserError(f"{who} cannot be called with {', '.join(given)}: {error}; see docs/extending.md") from error
 
 
 def _type_of(function: Callable[..., Any], parameter: inspect.Parameter) -> TypeAdapter[Any]:

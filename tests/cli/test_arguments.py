@@ -67,6 +67,12 @@ MISTAKES = {
     "no sparsity": ("prune", M, "--out", "o.safetensors"),
     "values": ("export", M, "o.sparring", "--values", "int4"),
     "ending": ("export", M, "o.sparring", "--format", "onnx"),
+    "export seconds": ("export", M, "o.sparring", "--seconds", "nan"),
+    "attack of steps backwards": ("attack", M, "--attacks", "pgd", "--set", "step_size=-1"),
+    "attack of no square": ("attack", M, "--attacks", "square", "--set", "share=0"),
+    "attack on no class": ("attack", M, "--attacks", "apgd-targeted", "--set", "classes=-1"),
+    "a file's name": ("attack", "file.py:net"),
+    "trained": ("train", M, "--out", "o.safetensors"),
     "export eps": ("export", M, "o.sparring", "--eps", "2"),
     "batches": ("bench", M, "--batches", ""),
     "batches of none": ("bench", M, "--batches", "0"),
@@ -88,6 +94,18 @@ MISTAKES = {
 }
 
 
+NEAR = {
+    "Did you mean 'steps'?": ("--attacks", "pgd,fgsm", "--set", "stpes=3"),
+    "Did you mean 'fgsm'?": ("--attacks", "FGSM"),
+    "only Python code can give": ("--attacks", "apgd", "--set", "aims=0"),
+}
+
+
+@pytest.mark.parametrize("message", NEAR)
+def test_what_was_meant_is_named(sparring, work: Path, message: str) -> None:  # type: ignore[no-untyped-def]
+    assert message in sparring("attack", M, *NEAR[message]).err
+
+
 @pytest.mark.parametrize("words", MISTAKES.values(), ids=MISTAKES)
 def test_refused_before_work(sparring, work: Path, words: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
     told = sparring(*words)
@@ -101,6 +119,8 @@ PLANS = {
     "eps = [0.03]": ATTACK + "eps = []",
     "images must lie": ATTACK + "eps = [0.1]\nimages = 0",
     "steps must lie": ATTACK + "eps = [0.1]\nsteps = 0",
+    "share must lie": "[[attacks]]\nname = 'square'\neps = [0.1]\noptions = {share = 7}",
+    "should be a valid list": "sparsities = 0.5",
     "stepps": ATTACK + "eps = [0.1]\nstepps = 10",
     "'queries'": ATTACK + "eps = [0.1]\nqueries = 10",
     "a finite number": ATTACK + "eps = [nan]",

@@ -105,6 +105,11 @@ CODE = """
     def text(): return Own(lambda z: "logits")
     def whole(): return Own(lambda z: z.argmax(1))
     def squeezed(): return Own(lambda z: z.squeeze())
+    class Inferring(Own):
+        @torch.inference_mode()
+        def forward(self, x):
+            return self.net(x)
+    def inferring(): return Inferring()
     def lazy(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
     def soft(): return Own(lambda z: z.softmax(1))
     def named(): return Own(lambda z: {"logits": z})
@@ -144,6 +149,8 @@ CODE = """
     def pruner(sparsity): return Wrong()
     def not_a_pruner(sparsity): return 3
     def no_sparsity(): return 3
+    def asks_more(sparsity, model): return Wrong()
+    def bare_score(model): return {}
     def score(model, batch=None, **rest): return 1 / 0
     def images(): return [].pop()
     def no_images(): return "images"
@@ -176,6 +183,7 @@ MISTAKES = {
     "whole": ("int64", ""),
     "squeezed": ("squeeze", ""),
     "lazy": ("lazy", ""),
+    "inferring": ("torch.inference_mode()", ""),
     "soft": ("softmax", ""),
     "model": ("is a module", ""),
     "number": ("not a function", ""),
@@ -288,6 +296,8 @@ def test_attacks_and_data(sparring, own: str, part: str) -> None:  # type: ignor
         ("method=OWN:pruner", 'return step.masks["all"]'),
         ("method=OWN:not_a_pruner", ""),
         ("method=OWN:no_sparsity", ""),
+        ("method=OWN:asks_more", ""),
+        ("score=OWN:bare_score", ""),
         ("score=OWN:score", "return 1 / 0"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -126,6 +127,15 @@ def test_names_that_are_not_text_and_links_to_themselves_are_refused(tmp_path: P
     (tmp_path / "set/test/cat").rename(tmp_path / "set/test/\udcff")
     with pytest.raises(DataError, match=r"the folder '\\udcff' has no name in UTF-8; rename it"):
         data.load(str(tmp_path / "set"))
+
+
+def test_a_tar_of_the_current_folder_is_the_folder(tmp_path: Path) -> None:
+    folder, *_ = laid_out(members() | {"classes.txt": b"dog\ncat\n", ".git/train/a/0.png": image()}, tmp_path)
+    with tarfile.open(tmp_path / "dot.tar.gz", "w:gz") as tar:
+        tar.add(folder, arcname=".")  # as `tar -C folder -czf dot.tar.gz .`
+    loaded, plain = data.load(str(tmp_path / "dot.tar.gz")), data.load(str(folder))
+    assert loaded.class_names == plain.class_names == ("dog", "cat")
+    assert torch.equal(loaded.train.x, plain.train.x) and torch.equal(loaded.test.y, plain.test.y)
 
 
 def test_a_list_of_classes_fixes_the_labels(tmp_path: Path) -> None:

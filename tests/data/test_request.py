@@ -221,3 +221,18 @@ def test_arrays_may_have_some_of_a_networks_classes(tmp_path: Path) -> None:
 def test_a_known_set_has_its_own_classes() -> None:
     with pytest.raises(DataError, match="its own classes"):
         data.load("digits", request=replace(TESTED, classes=NAMES))
+
+
+@pytest.mark.parametrize(
+    "text", ["0,cat\n1,dog\n", "index,name\r\n0,cat\r\n1,dog", "0: cat\n1: dog", " 0\tcat\n 1\tdog"]
+)
+def test_a_list_of_numbered_classes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "classes").write_text(text)
+    assert data.read_classes(tmp_path / "classes").names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("text", ["1,dog\n0,cat\n", "1,cat\n2,dog\n", "id,name\n0,cat\n2,dog"])
+def test_numbers_of_classes_in_another_order_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "classes").write_text(text)
+    with pytest.raises(DataError, match=r"its lines are not numbered 0, 1, ..., 1 in this order"):
+        data.read_classes(tmp_path / "classes")

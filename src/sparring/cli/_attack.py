@@ -24,7 +24,7 @@ from ..units import duration, norm_name, parse_budgets, parse_norm, percent
 from ._app import AttackOptions, CertifyOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
-from ._sources import float_images, open_both, place_for
+from ._sources import check_seconds, float_images, open_both, place_for
 
 _LONG, _SHORT, _FEWEST = 200, 79, 10  # passes of `nearest`, those without further starts, and the fewest steps
 
@@ -140,8 +140,7 @@ def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:
         raise UnknownNameError("method", how.method, bounds.BOUNDS)
     if norm not in (LINF, L2):
         raise UserError(f"certificates support linf and l2, not {norm_name(norm)}")
-    if not how.seconds > 0:
-        raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
+    check_seconds(how.seconds)
     return norm, budgets
 
 

@@ -27,7 +27,7 @@ from ..units import parse_eps, percent
 from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions, Where
 from ._printing import print_json, print_table
 from ._progress import predicted, shown_images
-from ._sources import check_out, file_of, float_images, open_both, open_model, plain_form
+from ._sources import check_out, check_seconds, file_of, float_images, open_both, open_model, plain_form
 
 ONNX_TOLERANCE = 1e-4  # or four roundings of the model's own type
 # Passes of one image in the attacks on an exported file: PGD's gradients count as two more, on network and artefact.
@@ -45,6 +45,7 @@ def run_export(model: ModelSource, how: ExportOptions, data: DataSource, where: 
         raise UserError(f"--format takes packed or onnx, not '{form}'")
     check_out(how.out, *(ENDINGS.values() if how.format is None else [ENDINGS[form]]))
     _check_values(how.values)
+    check_seconds(how.seconds)
     possible = ("fp32", "int8") if (form, how.values) == ("packed", "int8") else ("fp32",)
     if how.activations not in possible:
         raise UserError("--activations takes fp32, or int8 for a packed file with --values int8")

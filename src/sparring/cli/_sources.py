@@ -298,6 +298,12 @@ def check_named(source: ModelSource) -> None:
         raise UserError(f"'{name}' names an architecture without weights; give --weights FILE or a model file")
 
 
+def check_seconds(seconds: float) -> None:
+    """Raise UserError for a time budget in which nothing can be done."""
+    if not seconds > 0:
+        raise UserError(f"--seconds must be above 0, not {seconds:g}")
+
+
 def is_code(name: str) -> bool:
     """Return whether a model's name is that of a user's factory."""
     return ":" in name and not is_hub_name(name)

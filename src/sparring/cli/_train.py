@@ -38,7 +38,18 @@ from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import print_json
 from ._progress import Pace, predicted, shown_images
-from ._sources import ONNX, PACKED, blueprint_for, check_named, check_out, open_data, open_model, request_for, say_fresh
+from ._sources import (
+    ONNX,
+    PACKED,
+    SAVED,
+    blueprint_for,
+    check_named,
+    check_out,
+    open_data,
+    open_model,
+    request_for,
+    say_fresh,
+)
 
 # Which table of a plan the options of --set belong to.
 FEW = 10  # epochs, whose lines are too far apart to show progress
@@ -53,7 +64,8 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     training = _training(options, how.ramp)
     check_out(how.out, ".safetensors")
     place = place_of(options.device, options.dtype, training=True)
-    if ModelSource(how.model).named()[1] is not None:
+    name, weights = ModelSource(how.model).named()
+    if weights is not None or name.endswith(SAVED):
         raise UserError("train starts from new weights; give trained weights to prune or study instead")
     _settings(how.recipe, Recipe)  # raises for impossible settings, before data are read
     NetworkSettings(how.model, width=how.width, depth=how.depth)

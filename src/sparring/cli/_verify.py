@@ -25,7 +25,7 @@ from ..units import duration, parse_eps, parse_norm
 from ._app import DataSource, ModelSource, VerifyOptions, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
-from ._sources import ONNX, PACKED, SAVED, check_named, open_both, plain_form
+from ._sources import ONNX, PACKED, SAVED, check_named, check_seconds, open_both, plain_form
 
 FALSIFIED, UNKNOWN = 1, 3
 
@@ -57,8 +57,7 @@ def run_verify(
 
 def _check(how: VerifyOptions, asked: Path | None) -> None:
     """Raise UserError for options that contradict each other."""
-    if not how.seconds > 0:
-        raise UserError(f"--seconds must be above 0, not {how.seconds:g}")
+    check_seconds(how.seconds)
     if (asked is None) == (how.eps == ""):
         raise UserError("give a property in VNN-LIB or --eps, one of them")
     if asked is None and how.counter_example is not None:

@@ -231,7 +231,8 @@ def _labels(
         return _numbered(present, path, request)
     labels = listing.named or sorted(trained or present)
     if len(set(labels)) != len(labels):
-        raise DataError(f"{CLASSES} in {path} names a class twice")
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise DataError(f"the list of classes in {path} names '{twice}' twice; give each class its own name")
     filled = {entry.label for entry in listing.entries if entry.part == "train"}
     for part, label in sorted(listing.folders):
         if label not in labels:

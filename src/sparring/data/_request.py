@@ -18,6 +18,7 @@ from ..files import MIB, read_bounded
 INTERPOLATIONS = {filter.name.lower(): filter for filter in Image.Resampling}
 SPLITS = ("train", "valid", "test")
 MOST_SIDE = 4096  # four times as much for photographs that are resized, below Pillow's own limit of pixels
+NUMBERED = re.compile(r"\s*(\d+)\s*[,;:\t]\s*(\S.*)")
 SYNSET = re.compile(r"(n\d{8})[\s,]+(\S.*)")
 
 
@@ -142,7 +143,7 @@ def read_classes(path: Path) -> ClassList:
     """
     try:
         text = read_bounded(path, limit=16 * MIB).decode("utf-8-sig")
-        entries = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+        entries = _from_json(json.loads(text)) if text.lstrip()[:1] in ("[", "{") else _from_lines(text.splitlines())
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} is not a list of classes ({error}); give names, one per line, or JSON: a list, or a map from "
@@ -157,6 +158,17 @@ def read_classes(path: Path) -> ClassList:
     if all(split):
         return ClassList(tuple(m[2] for m in split if m), str(path), ids=tuple(m[1] for m in split if m))
     return ClassList(tuple(entries), str(path))
+
+
+def _from_lines(lines: list[str]) -> list[str]:
+    """Return the names in lines; of a table such as "0,tench", maybe under a heading, those after the numbers."""
+    found = [NUMBERED.fullmatch(line) for line in lines if line.strip()]
+    numbered = [one for one in found if one is not None]
+    if not numbered or numbered != found[-len(numbered) :] or len(found) - len(numbered) > 1:
+        return lines
+    if [int(one[1]) for one in numbered] != list(range(len(numbered))):
+        raise ValueError(f"its lines are not numbered 0, 1, ..., {len(numbered) - 1} in this order")
+    return [one[2] for one in numbered]
 
 
 def _from_json(content: Any) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UnknownNameError, UserError
 from ..matrices import is_transposed, matrices
-from ..plugins import check_options, look_up
+from ..plugins import check_call, check_options, look_up
 from ..tally import counts
 from ..units import percent
 from ._masks import Masks
@@ -114,11 +114,14 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
             raise UserError(f"the pruning method '{spec.method}' has no option '{name}'; it has: {', '.join(has)}")
     target = _target(spec, known, sparsity, options.pop("layers", None))
     if "score" in known:
-        options["score"] = look_up("score", options.get("score", "magnitude"), SCORES)
+        name = options.get("score", "magnitude")
+        options["score"] = look_up("score", name, SCORES)
+        check_call(f"the score '{name}'", options["score"], None, None, loss=None, generator=None)
     if rule:
         default = known["rule"].default  # methods with a different default allocation have one
         options["rule"] = _rule(default if isinstance(default, Rule) else Rule(), rule)
         _check_limit(options["rule"].structure, target)
+    check_call(f"the pruning method '{spec.method}'", factory, sparsity=target, **options, **own)
     pruner = factory(sparsity=target, **options, **own)
     if not isinstance(pruner, Pruner):
         raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")

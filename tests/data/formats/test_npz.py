@@ -80,6 +80,9 @@ def test_shapes_with_two_readings_are_refused_with_both(tmp_path: Path, shape: t
         ({"classes": np.array(2), "y_train": np.array([-1, 0, 1, 0])}, "label -1 at image 0; labels go from 0 to 1"),
         ({"classes": np.array(2), "y_train": np.array([2**64 - 1, 0, 1, 0], np.uint64)}, "not uint64"),
         ({"class_names": np.array(["cat", "dog"], dtype=object)}, "the type object"),
+        ({"class_names": np.array(["cat", "cat"])}, "names a class twice; give each"),
+        ({"class_names": np.array(["a", "b", "c"])}, "holds 3 names, but there are 2 classes; add the entry 'classes'"),
+        ({"class_names": np.array(["a"]), "classes": np.array(2)}, "1 names, but there are 2 classes; make them agree"),
         ({"layout": np.array("HWCN")}, "'NCHW' or 'NHWC'"),
     ],
 )

@@ -182,7 +182,16 @@ def test_a_csv_that_is_none_is_refused(tmp_path: Path, text: str, message: str) 
 def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(image())
-    lines = ["path,label,split", "a.png,1,test", "b.png,0,test", "c.png,,test", "c.png,0,", "c.txt,0,test", "c.png"]
+    lines = [
+        "path,label,split",
+        "a.png,1,test",
+        "b.png,0,test",
+        "c.png,,test",
+        "c.png,0,",
+        "c.txt,0,test",
+        ",0,test",
+        "c.png",
+    ]
     (tmp_path / "mine.csv").write_text("\n".join(lines))
     with pytest.warns(DataWarning) as told:
         loaded = data.load(str(tmp_path / "mine.csv"), request=TESTED)
@@ -229,6 +238,21 @@ def test_a_shard_that_repeats_a_name_or_is_cut_short(tmp_path: Path) -> None:
     for name in ("cut", "open"):
         with pytest.raises(DataError, match=rf"{name}.tar is damaged \(it is truncated\)"):
             data.load(str(tmp_path / f"{name}.tar"), request=TESTED)
+
+
+def test_labels_that_are_padded_with_zeros_are_numbers(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        own = {f"{at}.png": noise(at + 40 * (part == "test"), 6, 5) for at in range(24)}
+        shard(tmp_path / f"mine-{part}-0.tar", own | {f"{at}.cls": f"{at % 12:03}".encode() for at in range(24)})
+    loaded = data.load(str(tmp_path))  # a warning, such as of classes without images, is an error here
+    assert loaded.class_names == tuple(map(str, range(12))) and loaded.test.y.tolist() == [*range(12), *range(12)]
+
+
+def test_rows_of_another_length_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(image())
+    (tmp_path / "mine.csv").write_text("path,label\na.png,0\na.png,cat, large\na.png\n")
+    with pytest.warns(DataWarning, match=r"rows of more or fewer columns than the first: 2 \(mine.csv#1, mine.csv#2\)"):
+        data.load(str(tmp_path / "mine.csv"), request=TESTED)
 
 
 def test_shards_whose_members_are_odd(tmp_path: Path) -> None:

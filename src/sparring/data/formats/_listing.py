@@ -107,17 +107,22 @@ class Listing:
             labels.discard("-1")
         numbers = all(label.isascii() and label.isdecimal() and len(label) < 19 for label in labels)
         self.numbered = numbers and not self.named
+        if self.numbered:
+            self._relabel({label: str(int(label)) for label in labels})  # "007" is class 7
         if numbers and not labels <= set(self.named) and self.named:
             for entry in (*self.entries, *self.flat):
                 if int(entry.label) >= len(self.named):
                     raise DataError(
                         f"{entry.member} has the label {entry.label}, but {len(self.named)} classes are named"
                     )
-            self.entries, self.flat = (
-                [entry._replace(label=self.named[int(entry.label)]) for entry in own]
-                for own in (self.entries, self.flat)
-            )
-            self.folders = {(part, self.named[int(label)]) for part, label in self.folders}
+            self._relabel({label: self.named[int(label)] for label in labels})
+
+    def _relabel(self, names: Mapping[str, str]) -> None:
+        """Give every label the name that it stands for."""
+        self.entries, self.flat = (
+            [entry._replace(label=names[entry.label]) for entry in own] for own in (self.entries, self.flat)
+        )
+        self.folders = {(part, names[label]) for part, label in self.folders}
 
     def _drop(self, label: str) -> None:
         """Leave out images whose label says that they have none."""
@@ -132,6 +137,7 @@ class Listing:
     def wants(self, member: str) -> bool:
         """Return whether a file is a list of classes, and record any other file; the name of a folder ends in "/"."""
         self.count += 1
+        member = member.removeprefix("./")  # as `tar -C folder .` writes it
         *folders, name = member.rstrip("/").split("/")
         if any(part.startswith(".") or part in IGNORED for part in (*folders, name)):
             return False  # a notebook's copies, and the hidden file that macOS packs with every file

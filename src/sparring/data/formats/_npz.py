@@ -60,6 +60,8 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
         if f"x_{part}" in arrays
     }
     names = [str(item) for item in arrays["class_names"].ravel()] if "class_names" in arrays else []
+    if len(set(names)) != len(names):
+        raise DataError(f"class_names in {path} names a class twice; give each class its own name")
     first = "train" if "train" in splits else "test"
     y, said, notes, listed = splits[first].y, arrays.get("classes"), [], request.classes
     try:
@@ -70,6 +72,9 @@ def load_arrays(path: Path, name: str, request: Request = EVERYTHING) -> Dataset
             classes = len(names)
         else:
             classes = _count_classes(y, said, f"y_{first}")
+            if names and len(names) != classes:
+                way = "add the entry 'classes' with their number" if said is None else "make them agree"
+                raise DataError(f"class_names holds {len(names)} names, but there are {classes} classes; {way}")
         train, valid = splits.get("train"), splits.get("valid")
         if train is not None:
             check_split(f"the training split of '{name}'", train, train.x.shape[1:], classes)

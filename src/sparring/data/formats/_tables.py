@@ -264,4 +264,9 @@ def _list_rows(rows: Iterator[list[str]], file: str, listing: Listing, root: Pat
             said = own if part is None else PARTED_AS.get(row[part].strip().lower(), "")
             listing.add(said, row[label].strip(), f"{folder}/{name}" if folder else name)
         elif row:
-            listing.leave("rows without an image path", f"{file}#{number}")
+            odd = (
+                "rows without an image path"
+                if len(row) == len(first)
+                else "rows of more or fewer columns than the first"
+            )
+            listing.leave(odd, f"{file}#{number}")

@@ -42,6 +42,7 @@ from ._tables import (
     check_attack,
     check_settings,
     in_range,
+    options_of,
     read_units,
 )
 
@@ -202,7 +203,9 @@ class Plan:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"])
-            raise PlanError(f"{source}: key '{key}': {first['msg']}, not {first['input']!r}") from error
+            raise PlanError(
+                f"{source}: key '{key}': {first['msg'].replace('tuple', 'list')}, not {first['input']!r}"
+            ) from error
 
     def table(self) -> dict[str, Any]:
         """Return the plan as plain nested dictionaries (for plan.json); the inverse of `from_table`."""
@@ -241,7 +244,9 @@ def configured(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Atta
     found: dict[str, AttackFunction] = {name: attack_named(name) for name in names}
     for option in options:
         if not any(takes(function, option) for function in found.values()):
-            raise PlanError(f"--set {option}: no attack of {', '.join(names)} has an option of that name")
+            raise UnknownNameError(
+                f"option of {', '.join(names)}", option, set().union(*map(options_of, found.values()))
+            )
     for name, function in found.items():
         own = {option: value for option, value in options.items() if takes(function, option)}
         check_settings(name, function, own)

@@ -22,6 +22,16 @@ from ...units import norm_name, parse_eps, parse_norm
 # Parameters of every attack, and keys of an attack's table besides its options.
 _CONTRACT = ("model", "x", "y", "norm", "eps", "targets", "generator", "name", "naive", "label")
 _COUNTS = ("steps", "restarts", "queries")
+_MOST = 10_000_000
+_RANGES = {  # of the other options of our own attacks
+    **dict.fromkeys(("classes", "candidates", "searches", "draws", "starts", "patience"), (1, _MOST)),
+    "polish": (0, _MOST),
+    **dict.fromkeys(("share", "gamma"), (1e-6, 1)),
+    **dict.fromkeys(
+        ("step_size", "learning_rate", "start_constant", "start_radius", "sigma", "precision"), (1e-9, 1e9)
+    ),
+    **dict.fromkeys(("confidence", "overshoot", "threshold"), (0, 1e9)),
+}
 MOST_NODES = 1_000_000_000
 
 
@@ -418,11 +428,17 @@ def attack_named(name: str) -> AttackFunction:
     return function
 
 
+def options_of(function: AttackFunction) -> list[str]:
+    """Return the names of an attack's own options."""
+    return [name for name in inspect.signature(function).parameters if name not in _CONTRACT]
+
+
 def check_settings(name: str, function: AttackFunction, settings: Mapping[str, Any]) -> None:
     """Raise UserError for options that an attack does not have or that are out of range."""
     check_options(f"attack '{name}'", function, settings, reserved=_CONTRACT)
-    for option in _COUNTS:
-        in_range(f"attack '{name}': {option}", settings.get(option, 1), 1, 10_000_000)
+    ranges = dict.fromkeys(_COUNTS, (1, _MOST)) | (_RANGES if name in ATTACKS else {})
+    for option in settings.keys() & ranges.keys():
+        in_range(f"attack '{name}': {option}", settings[option], *ranges[option])
 
 
 def check_attack(attack: AttackSettings) -> None:
