@@ -64,6 +64,11 @@ MISTAKES = {
     "model": ("train", "lenet-6", "--out", "o.safetensors"),
     "sparsity": ("prune", M, "--out", "o.safetensors", "--sparsity", "nan"),
     "sparsity of 2": ("prune", M, "--out", "o.safetensors", "--sparsity", "2"),
+    "threshold of NaN": ("prune", M, "--out", "o.safetensors", "--set", "method=dns", "--set", "c_rate=nan"),
+    "shrinking at once": (
+        *("prune", M, "--out", "o.safetensors", "--sparsity", "0.5"),
+        *("--set", "method=proximal", "--set", "strength=inf"),
+    ),
     "no sparsity": ("prune", M, "--out", "o.safetensors"),
     "values": ("export", M, "o.sparring", "--values", "int4"),
     "ending": ("export", M, "o.sparring", "--format", "onnx"),

@@ -89,7 +89,7 @@ def test_options_of_the_command_line_go_to_the_attacks_that_have_them() -> None:
     kinds = [facts_of(attack).kind for attack in chosen.values()]
     assert kinds == ["budget", "budget", "minimum-norm"]
     assert [getattr(attack, "keywords", None) for attack in chosen.values()] == [{}, {"steps": 7}, {"turns": 2}]
-    with pytest.raises(UserError, match="unknown option of fgsm, pgd .step.. Did you mean .steps.?"):
+    with pytest.raises(UserError, match=r"unknown option of fgsm, pgd .step.. Did you mean .steps.?"):
         configured(["fgsm", "pgd"], ["step=7"])
 
 

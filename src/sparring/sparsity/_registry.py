@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -103,6 +104,7 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
         field.name: value for field in fields(PruningSpec) if (value := getattr(spec, field.name)) is not None
     }
     del options["method"]
+    _check_finite(options)
     own = options.pop("options", {})
     check_options(
         f"the pruning method '{spec.method}'", factory, own, reserved=("sparsity", "rule", "layers", *options)
@@ -126,6 +128,14 @@ def build_pruner(spec: PruningSpec, sparsity: float | None) -> Pruner:
     if not isinstance(pruner, Pruner):
         raise UserError(f"'{spec.method}' returned {type(pruner).__name__}, not a pruner (docs/extending.md)")
     return pruner
+
+
+def _check_finite(options: Mapping[str, Any]) -> None:
+    """Raise UserError for infinity and NaN, which pass most comparisons."""
+    for name, value in options.items():
+        for number in value.values() if isinstance(value, Mapping) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"pruning: {name} must be a finite number, not {number}")
 
 
 def spared(spec: PruningSpec, model: nn.Module) -> PruningSpec:
