@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...devices import CPU, Place
 from ...errors import UserError
+from ...graph import quiet
 from .._onnx import run_session, takes_any_number, to_onnx
 from .._program import Floats
 from .._runtime import export, load
@@ -212,7 +213,8 @@ def open_engines(network: Network, names: tuple[str, ...]) -> Iterator[tuple[str
     for name in names:
         try:
             found = ENGINES[name](network)
-            found.run(np.ascontiguousarray(network.images[:1].numpy()))
+            with quiet():  # a compiler's warnings
+                found.run(np.ascontiguousarray(network.images[:1].numpy()))
         except UserError as error:
             yield name, Unavailable(str(error))
         except Exception as error:  # another library's compiler, which can raise anything
