@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["alone", "courteous", "crowd", "together"]
+__all__ = ["Stopwatch", "alone", "courteous", "crowd", "together"]
 
 NAME = "sparring looks for cores"
 PAUSE, LONGEST = 0.03, 0.24  # seconds between two looks: at first, and at most while each finds free cores
@@ -33,6 +33,17 @@ TURNS, LONG_TURNS = 0.3, 2.4  # seconds on one core before the threads are relea
 LINGER = 1.0  # seconds that a crowd waits for the next call: under load, creating it takes longer than short calls
 SMALL = 1 << 19  # numbers that one thread finishes before a sleeping one has woken
 BUSY, FREE = 0.1, 0.03  # seconds per second that threads wait for a core: above, it is shared; below, it is free again
+
+
+class Stopwatch:
+    """Count the seconds of work since it was made: of the clock, or of the processor while other processes use it."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> float:
+        """Return the smaller of both; on several threads the clock's is."""
+        return min(time.perf_counter() - self.began[0], time.process_time() - self.began[1])
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import inspect
 import math
 import re
 import runpy
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sparring import __version__, bounds, cli
 from sparring.cli import _app, _attack, _compare, _study
 from sparring.cli._app import CertifyOptions, DataSource, ModelSource, Where
 from sparring.errors import TERMINATED
+from sparring.waiting import Stopwatch
 
 
 def test_the_fields_of_records_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_what_is_left_of_seconds_chooses_the_bound_and_the_steps_of_the_attack(
     each = {"alpha-crown": 50.0, "crown": 20.0, "crown-interval": 5.0, "interval": 0.5}
     monkeypatch.setattr(bounds, "estimate", lambda *_, progress: each)
     monkeypatch.setattr(_attack, "_pass_seconds", lambda *_: pass_)
-    found = _attack._chosen(CertifyOptions(seconds=50), nn.Identity(), torch.zeros(2, 1), math.inf, time.monotonic())
+    found = _attack._chosen(CertifyOptions(seconds=50), nn.Identity(), torch.zeros(2, 1), math.inf, Stopwatch())
     asked = inspect.signature(found.attack).parameters  # type: ignore[arg-type]
     assert (found.method, found.seconds, asked["steps"].default) == (method, 2 * each[method], steps)
     assert (found.rest > 0) == (pass_ < 0.1) and asked["starts"].default == (5 if pass_ < 0.1 else 0)

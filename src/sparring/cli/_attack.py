@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from ..statistics import binomial_interval
 from ..study import chosen_images, configured
 from ..threat import L0, L2, LINF, Threat
 from ..units import duration, norm_name, parse_budgets, parse_norm, percent
+from ..waiting import Stopwatch
 from ._app import AttackOptions, CertifyOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
@@ -111,13 +111,13 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
 
     Proofs are made on the CPU; the attack runs where `where` says.
     """
-    begin, (norm, budgets) = time.monotonic(), _provable(how)
+    watch, (norm, budgets) = Stopwatch(), _provable(how)
     place = place_for(where, model)
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
     images = float_images(x, results=1)
     task = place.task(network, images, y)
-    chosen = _chosen(how, network, images, norm, begin)
+    chosen = _chosen(how, network, images, norm, watch)
     with shown_images() as tell:
         nearest = attacks.with_title("nearest", tell)
         attacked = attacks.run(*task, chosen.attack, Threat(norm), seconds=chosen.rest, progress=nearest)
@@ -154,14 +154,13 @@ class _Chosen:
     rest: float
 
 
-def _chosen(how: CertifyOptions, network: nn.Module, images: Tensor, norm: float, begin: float) -> _Chosen:
+def _chosen(how: CertifyOptions, network: nn.Module, images: Tensor, norm: float, watch: Stopwatch) -> _Chosen:
     """Choose a method, and the steps of the attack, for what is left of --seconds; print the estimates."""
-    began = time.monotonic()
+    opened_after = watch.seconds()
     with shown_images("steps", name := "estimating") as tell:
         each = bounds.estimate(network, images, norm, progress=functools.partial(tell, name))
     pass_ = _pass_seconds(network, images)
-    now = time.monotonic()
-    left = how.seconds - (now - begin) - (now - began)  # the network is opened once more
+    left = how.seconds - 2 * watch.seconds() + opened_after  # the network is opened once more
     method = how.method or bounds.tightest(each, len(images), left - pass_ * _SHORT)
     seconds = len(images) * each[method]
     passes = int((left - seconds) / pass_)
@@ -182,11 +181,11 @@ def _chosen(how: CertifyOptions, network: nn.Module, images: Tensor, norm: float
 def _pass_seconds(network: nn.Module, images: Tensor) -> float:
     """Return the seconds of one forward and backward pass of all images, measured on at most eight."""
     x = images[:8].clone().requires_grad_()
-    begin = time.perf_counter()
+    watch = Stopwatch()
     logits = opened(network, x)(x)
     if logits.requires_grad:
         torch.autograd.grad(logits.sum(), x, allow_unused=True)
-    return (time.perf_counter() - begin) * len(images) / len(x)
+    return watch.seconds() * len(images) / len(x)
 
 
 def _as_json(found: bounds.Summary) -> dict[str, Any]:

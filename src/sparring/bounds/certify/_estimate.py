@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ...graph import Graph
-from ...waiting import courteous
+from ...waiting import Stopwatch, courteous
 from .._network import compacted, margin_rows, prepare
 from .._region import check_pixels, region
 from ._crown import bound_nodes, lower_bound
@@ -77,9 +76,9 @@ class _Steps:
             self.progress(self.done, _STEPS)
 
     def seconds_(self, work: Callable[[], object]) -> float:
-        begin = time.perf_counter()
+        watch = Stopwatch()
         work()
-        seconds = time.perf_counter() - begin
+        seconds = watch.seconds()
         self.ended_()
         return seconds
 
