@@ -197,6 +197,8 @@ def radius_over(
     limit = float(distance(torch.ones(1, *x.shape[1:]), norm))  # the whole box
     safe = torch.zeros(len(x), dtype=torch.float64)
     clean = margins_over(graph, x, y, norm, safe, "interval").amin(1)
+    lost = (~(clean > 0)).nonzero().squeeze(1)  # a deep network's intervals can be wide even of single points
+    clean[lost] = _at(graph, x[lost], y[lost])
     index = (clean > 0).nonzero().squeeze(1)
     if len(index) == 0:
         return safe
@@ -215,6 +217,15 @@ def radius_over(
     if progress is not None:
         progress(len(safe), len(safe))
     return safe
+
+
+def _at(graph: Graph, x: Tensor, y: Tensor) -> Tensor:
+    """Return the smallest margin of each image itself, less what rounding can be."""
+    if len(x) == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    logits = torch.cat([graph(one) for one in torch.split(x.double(), 1)]).double()
+    margins = dot(margin_rows(graph, y), logits).amin(1)
+    return margins - _LOGITS * graph.rounding - _ROUNDING * logits.abs().amax(1)
 
 
 def _few_passes(
