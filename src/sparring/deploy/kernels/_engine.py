@@ -255,6 +255,7 @@ class Engine:
         add_runner(self._code)
         add_answer(self._code)
         self._address = reader(self._code) or _address
+        self._making = Lock()  # what answers one image points to the memory of one plan, which must not be replaced
         self._plans: dict[Layout, ExecutionPlan] = {}
         self._split: tuple[int, list[tuple[ExecutionPlan, int, int, int]]] = 0, []
         self._gradient_plans: dict[Layout, ExecutionPlan] = {}
@@ -277,18 +278,21 @@ class Engine:
         """
         if self._threads > 1 and self._shares(1):
             return no_answer
-        return self.plan(Layout(False, self._lanes)).single.answer or no_answer
+        plan = self.plan(Layout(False, self._lanes))
+        with self._making:
+            return plan.single.answer or no_answer
 
     def plan(self, layout: Layout) -> ExecutionPlan:
         """Return the plan for a layout, tuned and made at first use."""
-        if layout not in self._plans:
-            planner = self._planner(layout)
-            space = Workspace(planner.arena_bytes, [], fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
-            memory = space.arena.address, space.call_address + 8 * Run.UNIT
-            choose = tuned(planner, self._code, memory, lanes=self._lanes)
-            calls = planner.calls(choose)
-            self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code, room=self._rows)
-        return self._plans[layout]
+        with self._making:
+            if layout not in self._plans:
+                planner = self._planner(layout)
+                space = Workspace(planner.arena_bytes, [], fields_of({Run.UNIT + Unit.OWN: planner.common_bytes}))
+                memory = space.arena.address, space.call_address + 8 * Run.UNIT
+                choose = tuned(planner, self._code, memory, lanes=self._lanes)
+                calls = planner.calls(choose)
+                self._plans[layout] = ExecutionPlan(self._program, planner, calls, self._code, room=self._rows)
+            return self._plans[layout]
 
     def _planner(self, layout: Layout) -> Planner:
         if self._program.rounding:
