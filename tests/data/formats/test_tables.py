@@ -248,6 +248,18 @@ def test_labels_that_are_padded_with_zeros_are_numbers(tmp_path: Path) -> None:
     assert loaded.class_names == tuple(map(str, range(12))) and loaded.test.y.tolist() == [*range(12), *range(12)]
 
 
+def test_numbers_that_a_spreadsheet_made_fractions_are_numbers(tmp_path: Path) -> None:
+    lines = ["path,label"]
+    for at in range(12):
+        (tmp_path / f"{at}.png").write_bytes(noise(at, 6, 5))
+        lines.append(f"{at}.png,{at}.0")
+    (tmp_path / "mine.csv").write_text("\n".join([*lines, "0.png,-1.0"]))
+    with pytest.warns(DataWarning) as told:
+        loaded = data.load(str(tmp_path / "mine.csv"), request=TESTED)
+    assert loaded.class_names == tuple(map(str, range(12))) and loaded.test.y.tolist() == list(range(12))
+    assert [str(one.message).partition(": ")[2] for one in told] == ["images without a label: 1 (0.png)"]
+
+
 def test_rows_of_another_length_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image())
     (tmp_path / "mine.csv").write_text("path,label\na.png,0\na.png,cat, large\na.png\n")

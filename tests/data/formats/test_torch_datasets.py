@@ -94,6 +94,7 @@ def grey(*shape: int) -> Tensor:
         ([(grey(8, 8, 4).byte(), 0)], "have 8 channels"),
         ([(grey(1, 4, 4) + 1.00001, 0)], r"lie in \[1.00001"),
         ([(grey(1, 4, 4), [0, 1])], r"one integer, not of shape \(2,\).*argmax"),
+        ([(grey(1, 4, 4), "cat")], "must be an integer, not 'cat'; number the classes"),
         ([lambda: 1 / 0], "the test dataset fails: ZeroDivisionError"),
         ([], "holds no images"),
     ],

@@ -102,6 +102,10 @@ class Listing:
                 self.leave("images without a split", entry.member)
             self.flat.clear()
         labels = {entry.label for entry in (*self.entries, *self.flat)}
+        whole = {label: label.removesuffix(".0") for label in labels}  # as pandas writes a column with gaps
+        if not labels <= set(self.named) and all(label.removeprefix("-").isdecimal() for label in whole.values()):
+            self._relabel(whole)
+            labels = set(whole.values())
         if "-1" in labels and all(label.isdecimal() for label in labels - {"-1"}):
             self._drop("-1")
             labels.discard("-1")

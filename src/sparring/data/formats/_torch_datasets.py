@@ -87,6 +87,8 @@ def _batches(data: TorchData, places: list[int] | None) -> Iterator[Any]:
         if not isinstance(item, tuple | list) or len(item) < 2:
             yield item
         else:
+            if isinstance(item[1], str | None):
+                raise DataError(f"a label must be an integer, not {item[1]!r}; number the classes 0, 1, 2, ...")
             x, y = item[0], torch.as_tensor(item[1])
             if y.numel() != 1:
                 raise DataError(
