@@ -21,6 +21,7 @@ from .._decode import MOST_FILE, endings
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 CLASSES = "classes.txt"
 LAYOUT = "{part}/<class>/"
+FRACTION = re.compile(r"\.0$")  # of a number in a column with gaps, as pandas writes it
 UNLABELLED = "images without a label"
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 # Members are decoded one by one, each bounded; a whole archive is limited only by the disk.
@@ -102,7 +103,7 @@ class Listing:
                 self.leave("images without a split", entry.member)
             self.flat.clear()
         labels = {entry.label for entry in (*self.entries, *self.flat)}
-        whole = {label: label.removesuffix(".0") for label in labels}  # as pandas writes a column with gaps
+        whole = {label: FRACTION.sub("", label) for label in labels}
         if not labels <= set(self.named) and all(label.removeprefix("-").isdecimal() for label in whole.values()):
             self._relabel(whole)
             labels = set(whole.values())
