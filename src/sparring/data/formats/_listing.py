@@ -21,7 +21,7 @@ from .._decode import MOST_FILE, endings
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 CLASSES = "classes.txt"
 LAYOUT = "{part}/<class>/"
-FRACTION = re.compile(r"\.0$")  # of a number in a column with gaps, as pandas writes it
+FRACTION = re.compile("[.]0$")  # of a number in a column with gaps, as pandas writes it
 UNLABELLED = "images without a label"
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r")
 # Members are decoded one by one, each bounded; a whole archive is limited only by the disk.
