@@ -159,6 +159,19 @@ def test_a_doubtful_model_is_flagged(layer: nn.Module, name: str, net: nn.Module
     assert name in flag_names(nn.Sequential(net, layer), images, net(images).argmax(1))
 
 
+@pytest.mark.parametrize("traced", [True, False])
+def test_what_a_users_attack_writes_is_undone(traced: bool, net: nn.Module, images: Tensor) -> None:
+    def writes(model: nn.Module, x: Tensor, y: Tensor, **_: object) -> Tensor:
+        for value in net.parameters():
+            with torch.no_grad():
+                (value if traced else value.data).zero_()
+        return x
+
+    before, y = {name: value.clone() for name, value in net.state_dict().items()}, net(images).argmax(1)
+    assert "state-changed" in {flag.name for flag in run(net, images, y, writes, SMALL).flags}
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_saturated_logits_are_flagged(net: nn.Module, images: Tensor) -> None:
     class Large(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

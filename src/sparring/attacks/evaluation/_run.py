@@ -58,6 +58,7 @@ from ._scoring import (
     attack_itself,
     attack_single_draws,
     attack_straight_through,
+    is_built_in,
     length_of,
     steps_of,
     transfer,
@@ -275,6 +276,7 @@ def attack_held(
     For batches of 0 a size is chosen; checks that were `seen` are not repeated.
     """
     x, seed, before = order.x, order.draws.seed(), state_of(model)
+    own = {name: value.clone() for name, value in ({} if is_built_in(order.attack) else model.state_dict()).items()}
     begun = _begin(model, order, draws, seen, seed, splits=through is None)
     order, random, best, meter = begun.order, begun.random, begun.best, begun.meter
     hand = None if random or through is not None else _by_hand(model, x)
@@ -287,9 +289,11 @@ def attack_held(
         lenders = {name: Probe(surrogate, hand=_by_hand(surrogate, x)) for name, surrogate in others.items()}
         transfer(best, lenders, lent)
         best.flags += best.violations(probe.nonfinite + begun.watch.nonfinite)
-        if state_of(model) != before:
+        if state_of(model) != before or _differs(model, own):
             detail = "parameters or buffers changed; make them constant in eval mode"
             best.flags.append(Flag("state-changed", detail))
+            if own:  # or later attacks would see what a user's attack has written
+                model.load_state_dict(own)
         found, failed = best.outcome, best.clean_correct & ~best.outcome.success
         if order.threat.eps is not None and not random:
             best.flags += check_losses(best.margin[failed], found.margin[failed])
@@ -305,6 +309,15 @@ def attack_held(
         flags=tuple(best.flags),
         batch_size=min(order.batch_size, len(x)),
     ), seen
+
+
+def _differs(model: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Return whether a model's tensors are not those of `own`: writes to `.data` leave no trace in `state_of`."""
+    now = model.state_dict() if own else {}
+    return any(
+        bool(((value != own[name]) & ((value == value) | (own[name] == own[name]))).any())
+        for name, value in now.items()
+    )
 
 
 def _checked(best: Best, model: nn.Module, random: bool, *, by_hand: bool) -> Checked:

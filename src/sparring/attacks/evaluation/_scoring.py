@@ -93,7 +93,7 @@ def steps_of(attack: Attack) -> int | None:
 
 def source_for(attack: Attack, source: Source) -> torch.Generator | None:
     """Return an attack's random numbers: for a user's attack a generator, which the batch's first image seeds."""
-    if isinstance(source, Draws) and not _is_built_in(_innermost(attack)):
+    if isinstance(source, Draws) and not is_built_in(attack):
         return source.generator()
     return cast(torch.Generator | None, source)  # only our attacks also take Draws
 
@@ -103,6 +103,11 @@ def _innermost(attack: Attack) -> Callable[..., Tensor]:
     while isinstance(function, partial):
         function = function.func
     return function
+
+
+def is_built_in(attack: Attack) -> bool:
+    """Return whether an attack, in any configuration, is one of ours."""
+    return _is_built_in(_innermost(attack))
 
 
 def _is_built_in(function: Callable[..., Tensor]) -> bool:
