@@ -119,11 +119,12 @@ def together() -> Iterator[None]:
 
 
 class _Look(NamedTuple):
-    """The time of a look, and the seconds for which the threads have waited for cores and run so far."""
+    """The time of a look, the seconds for which the threads have waited for cores and run so far, and their sleeps."""
 
     time: float
     waited: float
     ran: float
+    sleeps: int
 
 
 class _Watcher(threading.Thread):
@@ -134,6 +135,7 @@ class _Watcher(threading.Thread):
         self.openmp, self.cores = openmp, len(os.sched_getaffinity(0))
         self.calls, self.shared, self.over = 0, False, False
         self.small = True  # until a look finds that each thread has a core
+        self.pace = 0.0  # sleeps a second on one core: threads sleep at every barrier, so that it shows their progress
         self.pause, self.turns = PAUSE, TURNS
         self.change = threading.Condition()
 
@@ -158,7 +160,9 @@ class _Watcher(threading.Thread):
                 while self.shared == was and not self.over:
                     if was and last is None and self.small and _others() >= self.cores:
                         with together():
+                            before = _sleeps()
                             time.sleep(self.turns)
+                            self.pace = (_sleeps() - before) / self.turns
                         self.turns = min(2 * self.turns, LONG_TURNS)
                     last = self._look(last)
 
@@ -172,7 +176,7 @@ class _Watcher(threading.Thread):
             waited = _waited(threading.get_native_id())
             if waited is None or self.calls == 0:
                 return None
-            now = _Look(time.perf_counter(), waited, time.process_time())
+            now = _Look(time.perf_counter(), waited, time.process_time(), _sleeps())
             if last is None:
                 return now
             passed = now.time - last.time
@@ -181,7 +185,8 @@ class _Watcher(threading.Thread):
             if not self.shared:
                 self.turns = TURNS
                 return now
-            self.small = (now.ran - last.ran) / passed < 1 / (1 + _others() / self.cores)  # one thread would get that
+            share = 1 / (1 + _others() / self.cores)  # of a core, which one thread would get
+            self.small = (now.ran - last.ran) / passed < share or (now.sleeps - last.sleeps) / passed < self.pace
             return None if self.small else now
 
 
@@ -203,6 +208,13 @@ def _others(system: Path = Path("/proc")) -> int:
         states = [path.read_text().rpartition(")")[2].split()[0] for path in system.glob("self/task/*/stat")]
         return max(0, running - states.count("R"))
     return 0
+
+
+def _sleeps() -> int:
+    """Return how often this process's threads have gone to sleep so far."""
+    import resource  # which Windows does not have
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
 
 def _waited(without: int) -> float | None:
