@@ -158,15 +158,21 @@ def test_threads_that_get_less_than_one_alone_would_are_put_together(
 ) -> None:
     turns: list[float] = []
     began = time.monotonic()
+    ran, slept, gain = [0.0], [0], [0]
 
     @contextmanager
     def noted() -> Iterator[None]:
         turns.append(time.monotonic())
         yield
 
-    ran = [0.0]
+    def sleeps() -> int:
+        slept[0] += gain[0]  # as often in a short turn as in a long look
+        return slept[0]
+
     monkeypatch.setattr(waiting, "together", noted)
-    monkeypatch.setattr(waiting, "TURNS", 0.0)
+    monkeypatch.setattr(waiting, "TURNS", 0.001)
+    monkeypatch.setattr(waiting, "LONG_TURNS", 0.001)
+    monkeypatch.setattr(waiting, "_sleeps", sleeps)
     monkeypatch.setattr(waiting, "LINGER", 0.05)
     monkeypatch.setattr(waiting, "_others", lambda: 1000)
     monkeypatch.setattr(waiting, "_waited", lambda _: time.monotonic() - began)
@@ -180,7 +186,11 @@ def test_threads_that_get_less_than_one_alone_would_are_put_together(
 
     with waiting.courteous():
         assert grows()
+        gain[0] = 1
+        assert grows()
         ran[0] = 1.5
+        assert grows(), "they spin beside each other, and pass fewer barriers"
+        gain[0] = 0
         assert not grows(), "they get on beside each other"
     _gone()
 
