@@ -273,7 +273,7 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
     assert program.class_names is not None and len(program.provenance["weights_sha256"]) == 64
     again = sparring("export", models[1], path, "--data", "digits", "--values", "int8", "--images", 50, "--json")
     assert json.loads(again.out)["bytes"] == path.stat().st_size and "HopSkipJump" in again.err
-    few = sparring("export", models[1], path, "--data", "digits", "--seconds", 0, "--images", 50, "--json")
+    few = sparring("export", models[1], path, "--data", "digits", "--seconds", 1e-3, "--images", 50, "--json")
     assert json.loads(few.out)["images"] == 2 and "attacking 2 of 50 images" in few.err
     onnx = sparring("export", models[1], tmp_path / "m.onnx", "--format", "onnx", "--data", "digits", "--json")
     assert json.loads(onnx.out)["logit_error"] < 1e-4 and "checked in ONNX Runtime" in onnx.err

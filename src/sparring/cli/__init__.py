@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import gc
@@ -32,9 +33,8 @@ def main() -> None:
         sys.exit(TERMINATED)  # unlike the default action, this ends workers and releases locks
 
     signal.signal(signal.SIGTERM, stop)
-    code = _guarded(app)
-    gc.freeze()  # Python would look for cycles among all of torch's objects, for most of a second
-    sys.exit(code)
+    atexit.register(gc.freeze)  # or Python looks for cycles among all of torch's objects, for most of a second
+    sys.exit(_guarded(app))
 
 
 def _guarded(app: Callable[..., object]) -> int:
