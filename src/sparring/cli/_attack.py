@@ -115,8 +115,7 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
     place = place_for(where, model)
     network, dataset = open_both(model, data, plain=True, images=how.images)
     x, y = chosen_images(dataset, "test", 0, how.images)
-    images = float_images(x, results=1)
-    task = place.task(network, images, y)
+    task = place.task(network, images := float_images(x, results=1), y)
     chosen = _chosen(how, network, images, norm, watch)
     with shown_images() as tell:
         nearest = attacks.with_title("nearest", tell)
@@ -125,12 +124,18 @@ def run_certify(model: ModelSource, data: DataSource, how: CertifyOptions, where
         shown(0, len(y))
         certify = functools.partial(bounds.summary, eps=budgets, method=chosen.method, progress=shown)
         found = certify(network, images, y, norm, attacked.cpu())
+    _say_flags(attacked.flags)
     about = {"model": model.model, "data": dataset.name, "images": len(y), "norm": norm_name(norm)}
     if as_json:
         print_json({**about, **place.facts(task[0]), "method": chosen.method, **_as_json(found)})
     else:
         print("{model} on {images} images of {data}: accuracy".format(**about), percent(found.accuracy))
         _print_summary(found, norm_name(norm))
+
+
+def _say_flags(flags: Sequence[attacks.Flag]) -> None:
+    for flag in flags:
+        print(f"flag: nearest: {flag.name}: {flag.detail}", file=sys.stderr)
 
 
 def _provable(how: CertifyOptions) -> tuple[float, tuple[float, ...]]:

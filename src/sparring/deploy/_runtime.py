@@ -182,9 +182,8 @@ def export(
     number format of the weights: "fp32" (exact), "fp16" or "int8" (one scale per output unit). `provenance` is any JSON
     object (study, cell, seed, hashes). `calibrate`: validation images (N, *shape) whose activations determine scales,
     by which activations are rounded to 8 bits too (with int8 weights only). `progress` gets the number of finished
-    steps and the total. Raises Unsupported for a network without a
-    packed form, UserError for weights that are not finite, or too large for fp16, and for activations that cannot be
-    rounded.
+    steps and the total. Raises Unsupported for a network without a packed form, UserError for weights that are not
+    finite, or too large for fp16, and for activations that cannot be rounded.
     """
     packed = pack(
         model, shape=shape, images=images, values=values, calibrate=calibrate, class_names=class_names,

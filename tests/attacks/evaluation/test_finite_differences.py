@@ -317,3 +317,5 @@ def test_differences_that_would_take_too_long_are_left_out(many: Tensor) -> None
     y = model(many).argmax(1)
     long, short = (run(model, many, y, ATTACKS["pgd"], Threat(LINF, EPS), seconds=s) for s in (1e6, 0.0))
     assert short.forwards < long.forwards / 4 and robust_accuracy(long) < robust_accuracy(short)
+    told = ["left out" in " ".join(flag.detail for flag in result.flags) for result in (long, short)]
+    assert told == [False, True], "the share of robust images is then too high"

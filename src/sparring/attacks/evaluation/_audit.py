@@ -59,8 +59,7 @@ def audit(
     rank, or your own names. A minimum-norm attack runs once, without eps. `checks` is the number of images used by the
     reliability checks (docs/flags.md); 0 disables these, and the comparison of attacks and budgets. Each attack starts
     from `seed`, so that its result does not depend on the other attacks. Raises UserError as `run` does, and for an
-    attack that needs a budget if `eps` is empty. `progress` is as in `run`, with the attack's name
-    before the stage.
+    attack that needs a budget if `eps` is empty. `progress` is as in `run`, with the attack's name before the stage.
     """
     found: Found = {}
     draws = Draws.of(seed, range(len(x)), x.device)

@@ -276,7 +276,7 @@ def attack_held(
     For batches of 0 a size is chosen; checks that were `seen` are not repeated.
     """
     x, seed, before = order.x, order.draws.seed(), state_of(model)
-    own = {name: value.clone() for name, value in ({} if is_built_in(order.attack) else model.state_dict()).items()}
+    own = {} if is_built_in(order.attack) else {name: value.clone() for name, value in _tensors(model).items()}
     begun = _begin(model, order, draws, seen, seed, splits=through is None)
     order, random, best, meter = begun.order, begun.random, begun.best, begun.meter
     hand = None if random or through is not None else _by_hand(model, x)
@@ -292,8 +292,7 @@ def attack_held(
         if state_of(model) != before or _differs(model, own):
             detail = "parameters or buffers changed; make them constant in eval mode"
             best.flags.append(Flag("state-changed", detail))
-            if own:  # or later attacks would see what a user's attack has written
-                model.load_state_dict(own)
+            _restore_(model, own)  # or later attacks would see what a user's attack has written
         found, failed = best.outcome, best.clean_correct & ~best.outcome.success
         if order.threat.eps is not None and not random:
             best.flags += check_losses(best.margin[failed], found.margin[failed])
@@ -313,11 +312,19 @@ def attack_held(
 
 def _differs(model: nn.Module, own: Mapping[str, Tensor]) -> bool:
     """Return whether a model's tensors are not those of `own`: writes to `.data` leave no trace in `state_of`."""
-    now = model.state_dict() if own else {}
-    return any(
-        bool(((value != own[name]) & ((value == value) | (own[name] == own[name]))).any())
-        for name, value in now.items()
-    )
+    pairs = ((value, own[name]) for name, value in _tensors(model).items() if name in own)
+    return any(bool(((one != two) & ((one == one) | (two == two))).any()) for one, two in pairs)  # NaN equals NaN
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _restore_(model: nn.Module, own: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in _tensors(model).items():
+            if name in own:
+                value.copy_(own[name])
 
 
 def _checked(best: Best, model: nn.Module, random: bool, *, by_hand: bool) -> Checked:
@@ -340,6 +347,8 @@ def _attack_in_all_ways(best: Best, probe: Probe, model: nn.Module, seen: Checke
         attack_straight_through(best, probe, model)
     if seen.blind is not None and took * (1 + groups_of(model)) <= seconds:
         attack_by_differences(best, probe, model, seen.blind)
+    elif seen.blind is not None:
+        best.flags.append(Flag("partial-gradients", "finite differences were left out, for lack of time"))
 
 
 def lend(

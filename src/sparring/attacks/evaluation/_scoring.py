@@ -76,7 +76,7 @@ def _name_of(attack: Attack) -> str | None:
     """Return the name of an attack in the table, in any configuration; None for others, which may keep a state."""
     function = _innermost(attack)
     name = getattr(function, "__name__", "").replace("_", "-")
-    return name if name in ATTACKS and _is_built_in(function) else None
+    return name if name in ATTACKS and is_built_in(function) else None
 
 
 def length_of(attack: Attack) -> str | None:
@@ -107,11 +107,7 @@ def _innermost(attack: Attack) -> Callable[..., Tensor]:
 
 def is_built_in(attack: Attack) -> bool:
     """Return whether an attack, in any configuration, is one of ours."""
-    return _is_built_in(_innermost(attack))
-
-
-def _is_built_in(function: Callable[..., Tensor]) -> bool:
-    return str(getattr(function, "__module__", "")).startswith(f"{__package__.partition('.')[0]}.")
+    return str(getattr(_innermost(attack), "__module__", "")).startswith(f"{__package__.partition('.')[0]}.")
 
 
 def budget_of(attack: Attack, threat: Threat) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def _in_whole(
             network, ball, lines = stem.before(graph, ball, lines)
         box = Interval(*(side[image] for side in known))
         parts.append(_refined(network, len(network.nodes) - 1, box, some[image], ball, lines))
-    return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
+    return _joined(parts)
 
 
 def _in_windows(
@@ -258,7 +258,11 @@ def _in_windows(
         found = _refined(network, len(network.nodes) - 1, box, open_[chosen], reach, lines)
         both = (seen.whole(old.index_copy(0, chosen, new)) for old, new in zip(here, found, strict=True))
         parts.append(Interval(*both))
-    return Interval(torch.cat([part.lower for part in parts]), torch.cat([part.upper for part in parts]))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Interval]) -> Interval:
+    return Interval(*(torch.cat(sides) for sides in zip(*parts, strict=True)))
 
 
 def _stem(graph: Graph, relaxed: Mapping[int, Relaxation]) -> Stem | None:
