@@ -262,3 +262,20 @@ def test_the_contract_costs_less_than_the_cheapest_attack(images: int, most: flo
     result = run(model, x, y, fgsm, Threat(LINF, 0.001))
     assert result.flags == () and result.forwards == 1.0
     assert model.images <= most * images  # clean, attack and verdict are three passes
+
+
+def test_checks_send_few_images_besides_those_of_the_attack() -> None:
+    asked: list[int] = []
+
+    class Counted(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            return super().forward(x).relu().mean((2, 3))
+
+    torch.manual_seed(0)
+    net, x = Counted(1, 4, 3, padding=1), torch.rand(100, 1, 8, 8)
+    y = net(x).argmax(1)
+    asked.clear()
+    run(net, x, y, fgsm, SMALL, batch_size=100)
+    opened, alone, sample, moved, blind = 2 + 1, 1, 32, 32 + 2 * 8, 8 + 4 * 8
+    assert sum(asked) <= opened + alone + sample + 8 + moved + (100 - sample) + blind + 2 * 100, asked

@@ -244,17 +244,18 @@ def _begin(model: nn.Module, order: Order, draws: int, seen: Checked, seed: int,
     x, y, drawing = order.x, order.y, is_stochastic(model)
     sized = order.sized(model)
     watch = Probe(model, meter=(meter := _before_attack(model, order, draws)))  # passes that measure memory take longer
-    known = None if drawing else Judge(watch, None, sized, 1, seed + 1).logits(x)
-    random, doubts = seen.random, tuple[Flag, ...]()
+    random, doubts, first = seen.random, tuple[Flag, ...](), x.new_empty(0)
     if not seen.done:
-        random, doubts = check_model(model, x, y, known, draws=drawing, batch_size=sized.batch_size)
+        random, doubts, first = check_model(watch, x, y, draws=drawing, batch_size=sized.batch_size)
         doubts = (*_undeclared(model, random), *doubts)
-    split = None
+    known, split = None, None
     if random:
-        known, sized = None, order.sized(model, draws=draws)
+        sized = order.sized(model, draws=draws)
         split = split_at_draw(model, x) if splits else None
         watch = Probe(split.drawing if split else model, meter=meter)
     judge = Judge(watch, split and split.steady, sized, 3 * draws + 1 if random else 1, seed + 1)
+    if not random:
+        known = torch.cat([first, judge.logits(x[len(first) :])]) if len(first) < len(x) else first
     best = Best.beginning(judge, known, [*seen.flags, *doubts])
     watch.meter = None
     meter.finish_(meter.images - _READ - _COMPARED)
@@ -373,7 +374,7 @@ def lend(
         check_threat(x, threat)
         model = _hold(stack, model, x)
         order = Order(attack, threat, x, y, None, batch_size or 0, draws_for(x, generator)).sized(model)
-        check_model(model, x, y, None, draws=is_stochastic(model), batch_size=order.batch_size)
+        check_model(model, x, y, draws=is_stochastic(model), batch_size=order.batch_size)
         everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
         return list(order.loans(Probe(model, hand=_by_hand(model, x)), lambda: everything))
 

@@ -170,33 +170,36 @@ def check_losses(before: Tensor, after: Tensor) -> tuple[Flag, ...]:
 
 
 def check_model(
-    model: nn.Module, x: Tensor, y: Tensor, known: Tensor | None, *, draws: bool, batch_size: int
-) -> tuple[bool, tuple[Flag, ...]]:
-    """Return whether a model in eval mode draws, and flags; raise UserError if it violates the requirements.
+    model: nn.Module, x: Tensor, y: Tensor, *, draws: bool, batch_size: int
+) -> tuple[bool, tuple[Flag, ...], Tensor]:
+    """Return whether a model in eval mode draws, flags, and the logits of the sample: of the first 32 images.
 
-    known: its logits for x from an earlier pass, computed if None. draws: whether it declares that it draws; passes
-    then cannot be compared. At most 32 images are used, `batch_size` at a time.
+    Raise UserError if it violates the requirements. draws: whether it declares that it draws; passes then cannot be
+    compared. Three passes are made: of the first image, of the sample with its gradient (`batch_size` images at a
+    time), and of moved images together with the first 8 as they are.
     """
     with torch.no_grad():
-        first = model(x[:_SAMPLE]) if known is None else known[:_SAMPLE]
         alone = model(x[:1])
-    _check_classes("labels", y, first)
+    _check_classes("labels", y, alone)
     x, y = x[:_SAMPLE], y[:_SAMPLE]
-    if bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-3).all()):
-        raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
     logits, gradient = in_parts(model, x, margin_loss, y, batch_size)
-    random = draws or (_differ(logits, first) and is_random(model, x))
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        raise UserError("the outputs look like probabilities; remove the model's final softmax so it returns logits")
+    right = is_answer(logits) & (logits.argmax(1) == y)
+    slope = _Slope(model, x[right], y[right], logits[right], gradient[right], batch_size)
+    moves, few = slope.moves(), x[:_DIFFERENCES]
+    with torch.no_grad():
+        ends = model(torch.cat([few, *moves]))
+    random = draws or (_differ(ends[: len(few)], logits[: len(few)]) and is_random(model, x))
     flags = []
     if not random and _differ(alone, logits[:1]):
         what = "the logits of the first image change if it is evaluated alone"
         flags.append(Flag("batch-dependent", f"{what}; make normalisation use running statistics"))
-    right = is_answer(logits) & (logits.argmax(1) == y)
     if bool(right.any()):
-        slope = _Slope(model, x[right], y[right], logits[right], gradient[right], batch_size)
         flags += slope.missing()
         # Draws would be taken for jumps.
-        flags += [] if flags or random else slope.shattered()
-    return random, tuple(flags)
+        flags += [] if flags or random else slope.shattered(moves, ends[len(few) :])
+    return random, tuple(flags), logits
 
 
 def is_random(model: nn.Module, x: Tensor) -> bool:
@@ -246,22 +249,29 @@ class _Slope:
                 return [Flag("logit-scale", f"{what}; use attacks on the margin only")]
         return []
 
-    def shattered(self) -> list[Flag]:
-        """Return a flag if short steps along the gradient do not gain what it predicts.
+    @property
+    def length(self) -> float:
+        """The length of a step that the model's precision allows to judge."""
+        return _SHORT_IN.get(precision(self.model, self.logits), _SHORT)
+
+    def moves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the images moved along the gradient, and a few moved to both sides along random signs."""
+        x, wide = self.x, max(_WIDE, self.length)
+        few, generator = x[:_DIFFERENCES], torch.Generator().manual_seed(0)
+        sign = torch.rand(few.shape, generator=generator, dtype=x.dtype).sub_(0.5).sign_().to(x)
+        up, down = ((few + side * wide * sign).clamp(0, 1) for side in (1, -1))
+        return (x + self.length * self.gradient.sign()).clamp(0, 1), up, down
+
+    def shattered(self, moves: tuple[Tensor, Tensor, Tensor], ends: Tensor) -> list[Flag]:
+        """Return a flag if short steps along the gradient do not gain what it predicts; ends: the logits of `moves`.
 
         From "unstable predictions" of Pintor et al. 2022, whose random steps of any size also react to true curvature.
         """
-        model, x, y, gradient = self.model, self.x, self.y, self.gradient
-        length = _SHORT_IN.get(precision(model, self.logits), _SHORT)
-        wide, few = max(_WIDE, length), x[:_DIFFERENCES]
-        sign = torch.rand(few.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype).sub_(0.5).sign_().to(x)
-        up, down = ((few + side * wide * sign).clamp(0, 1) for side in (1, -1))
-        step = (x + length * gradient.sign()).clamp(0, 1) - x
-        with torch.no_grad():
-            ends = margin_loss(model(torch.cat([x + step, up, down])), torch.cat([y, y[: len(few)], y[: len(few)]]))
-        stepped, higher, lower = torch.split(ends, [len(x), len(few), len(few)])
-        gained = stepped - margin_loss(self.logits, y)
-        promised = (step * gradient).flatten(1).sum(1)
+        x, y, gradient, (stepped, up, down) = self.x, self.y, self.gradient, moves
+        few, wide = y[:_DIFFERENCES], max(_WIDE, self.length)
+        after, higher, lower = torch.split(margin_loss(ends, torch.cat([y, few, few])), [len(x), len(few), len(few)])
+        gained = after - margin_loss(self.logits, y)
+        promised = ((stepped - x) * gradient).flatten(1).sum(1)
         off = int(((gained - promised).abs() > 0.5 * promised).sum())
         way_out = "compare with `square`, which needs no gradients, and with surrogates"
         if many(off, len(x), share=_MANY):
