@@ -148,6 +148,7 @@ def test_threads_that_share_every_kernel_change_no_bit(sparse_model, monkeypatch
     batches = [x[:1], x[:9], x, x[3:4], x[4:9]]
     expected = [one(batch) for batch in batches]
     monkeypatch.setattr(engine, "_SHARED", 0)
+    monkeypatch.setattr(planning, "_MANY_TILES", 4)
     three = deploy.Packed(one.program, threads=3)
     shared, run = [], engine.ExecutionPlan.run_shared
     monkeypatch.setattr(engine.ExecutionPlan, "run_shared", lambda *given: (shared.append(given), run(*given)))
@@ -221,6 +222,22 @@ def test_what_is_tuned_never_changes_a_bit(sparse_model, monkeypatch, name):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("few", [1, 1 << 30], ids=["tiles", "rows"])
+def test_threads_that_share_tiles_or_rows_of_any_tuning_change_no_bit(sparse_model, monkeypatch, few):
+    monkeypatch.setattr(engine, "_SHARED", 0)
+    monkeypatch.setattr(planning, "_MANY_TILES", few)
+    program = compile_model(sparse_model("vgg-like", 0.1, width=0.25), (3, 32, 32))
+    x, blocked = np.random.default_rng(0).random((1, 3, 32, 32), np.float32), set()
+    expected = Engine(program).run(x)
+    for choice in planning.candidates(host_lanes(), False):
+        monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice, **__: lambda key: choice)
+        three = Engine(program, threads=3)
+        assert all((three.run(x) == expected).all() for _ in range(5))
+        (plan,) = three._plans.values()
+        blocked |= {call.spec.blocked for call in plan._calls if getattr(call.spec, "by_tiles", False)}
+    assert blocked == ({True, False} if few == 1 else set())
+
+
 @pytest.mark.parametrize("lanes", [4, host_lanes()])
 def test_channels_in_turns_change_no_bit(monkeypatch, lanes):
     torch.manual_seed(0)
@@ -232,6 +249,7 @@ def test_channels_in_turns_change_no_bit(monkeypatch, lanes):
             layer.weight *= torch.rand(layer.weight.shape) < 0.4
     program, found, turns = compile_model(model, (3, 20, 20)), set(), set()
     x = np.random.default_rng(0).random((lanes + 1, 3, 20, 20), np.float32)
+    monkeypatch.setattr(planning, "_MANY_TILES", 1)  # a chain's kernels share rows all the same
     for most in (1 << 30, 1 << 16, 1 << 15, 1 << 14, 1 << 13, 1):
         monkeypatch.setattr(planning, "_CHAINED", most)
         run = Engine(program, lanes=lanes)

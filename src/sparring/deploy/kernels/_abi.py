@@ -97,10 +97,11 @@ class Run(IntEnum):
     UNIT_BYTES = 7  # from one unit's own memory to the next
     UPSTREAM = 8  # address of the gradients of the logits
     UPSTREAM_BYTES = 9  # of one image
-    PARTS = 10  # shares of each kernel, which threads take; each of them has its own call
-    COUNTERS = 11  # address of two int64s for each kernel's call: how many shares are taken, and how many are done
-    PASSED = 12  # calls that this thread has passed
-    UNIT = 13  # where the fields of `Unit` begin
+    PARTS = 10  # shares of each kernel: as many as threads, each of which has its own call
+    THREAD = 11  # the number of this thread, which takes the share of this number if it can
+    COUNTERS = 12  # address of int64s for each kernel's call: how many shares are done, and which ones are taken
+    PASSED = 13  # calls that this thread has passed
+    UNIT = 14  # where the fields of `Unit` begin
 
 
 def fields_of(told: Mapping[int, int]) -> NDArray[np.int64]:
@@ -219,25 +220,26 @@ def _set_share(k: Kernel, inner: Value, number: Value, parts: Value) -> None:
 
 
 def _divide(k: Kernel, run: Callable[[], None], inner: Value, parts: Value, pause: Value) -> None:
-    """Run a kernel together with other threads, each of which takes the next share as long as there is one.
+    """Run a kernel together with other threads: each takes its own share, then those that nobody has taken.
 
-    Then wait until all shares are done. Threads that the system has not started yet are not waited for.
+    Its own, since a thread has most of what it needs in its cache. Then wait until all shares are done. Threads that
+    the system has not started yet are not waited for.
     """
     b = k.b
     number = k.field(Run.PASSED)
     k.store(b.add(number, k.number(1)), k.at(k.call, 8 * Run.PASSED))
-    taken = k.at(k.address(Run.COUNTERS), b.mul(number, k.number(16)))
-    done = k.at(taken, 8)
-    take, work, wait, rest, end = (k.function.append_basic_block(n) for n in ("take", "work", "wait", "rest", "end"))
-    b.branch(take)
-    b.position_at_end(take)
-    share = b.atomic_rmw("add", taken, k.number(1), "acq_rel")
-    b.cbranch(b.icmp_signed("<", share, parts), work, wait)
-    b.position_at_end(work)
-    _set_share(k, inner, share, parts)
-    run()
-    b.atomic_rmw("add", done, k.number(1), "acq_rel")
-    b.branch(take)
+    size = b.mul(b.add(parts, k.number(1)), k.number(8))
+    done = k.at(k.address(Run.COUNTERS), b.mul(number, size))
+    with k.loop(parts) as turn:
+        share = b.srem(b.add(k.field(Run.THREAD), turn), parts)
+        taken = k.at(done, b.mul(b.add(share, k.number(1)), k.number(8)))
+        with b.if_then(b.icmp_signed("==", b.atomic_rmw("xchg", taken, k.number(1), "acq_rel"), k.number(0))):
+            _set_share(k, inner, share, parts)
+            run()
+            b.atomic_rmw("add", done, k.number(1), "acq_rel")
+    took = b.block
+    wait, rest, end = (k.function.append_basic_block(n) for n in ("wait", "rest", "end"))
+    b.branch(wait)
     b.position_at_end(wait)
     turns = b.phi(INT64)
     more = b.add(turns, k.number(1))
@@ -246,7 +248,7 @@ def _divide(k: Kernel, run: Callable[[], None], inner: Value, parts: Value, paus
     b.position_at_end(rest)  # kernels take equally long; later, let other programs run
     with b.if_then(b.icmp_signed(">", more, k.number(_SPINS))):
         b.call(pause, [])
-    turns.add_incoming(k.number(0), take)
+    turns.add_incoming(k.number(0), took)
     turns.add_incoming(more, b.block)
     b.branch(wait)
     b.position_at_end(end)

@@ -112,6 +112,7 @@ class ExecutionPlan:
         layout = planner.layout
         self.together = layout.together
         self._kernels = len(calls) * layout.units
+        self._scratch = planner.end, planner.scratch_bytes
         self._calls = calls
         self._code = code  # keeps the machine code alive
         add_kernels(code, (call.spec for call in calls))
@@ -168,9 +169,15 @@ class ExecutionPlan:
     def run_shared(self, images: int, logits: int, count: int, helpers: ThreadPoolExecutor, threads: int) -> None:
         """Do the same, with every kernel shared by this thread and helpers, on which nothing else may run."""
         space = self._take()
-        counters, calls = np.zeros(2 * self._kernels, np.int64), [space.call.copy() for _ in range(threads)]
-        for call in calls:
-            call[Run.PARTS], call[Run.COUNTERS] = threads, counters.ctypes.data
+        counters = _lines((1 + threads) * self._kernels)
+        calls = [_lines(len(space.call)) for _ in range(threads)]
+        for number, call in enumerate(calls):
+            call[:] = space.call
+            call[Run.PARTS], call[Run.THREAD], call[Run.COUNTERS] = threads, number, counters.ctypes.data
+        where, size = self._scratch
+        own = [Arena(size) for _ in calls[1:]]
+        for call, scratch in zip(calls[1:], own, strict=True):
+            call[Run.UNIT + Unit.SCRATCH] = scratch.address - space.arena.address - where
         run = [partial(self._run, space.arena.address, self._segments_address, call.ctypes.data) for call in calls]
         for start in range(0, count, self.together):
             counters[:] = 0
@@ -210,6 +217,13 @@ class ExecutionPlan:
     def single(self) -> Single:
         """Return the memory of a plan for one image."""
         return self._single()
+
+
+def _lines(count: int) -> NDArray[np.int64]:
+    """Return zeros in cache lines of their own, so that no thread waits for what another one writes beside them."""
+    memory = np.zeros(count + 32, np.int64)
+    start = -memory.ctypes.data % 128 // 8
+    return memory[start : start + count]
 
 
 def _segments(calls: list[Call], code: Code) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:

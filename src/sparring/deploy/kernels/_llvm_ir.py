@@ -37,6 +37,7 @@ class Unit(IntEnum):
     OWN = 4  # offset in the arena of the unit's own memory
     FIRST = 5  # the share of the work, from FIRST / WHOLE up to LAST / WHOLE: threads may divide a kernel's rows
     LAST = 6
+    SCRATCH = 7  # bytes from the scratch of the first thread to that of this one
 
 
 @dataclass

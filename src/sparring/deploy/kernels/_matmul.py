@@ -17,7 +17,7 @@ from .._program import Sparse
 from ._abi import Call, Table, kernel_call
 from ._fusion import FusedLayer
 from ._layout import ALIGNED, Buffer, offsets_of
-from ._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Turn, Value, vector
+from ._llvm_ir import BYTE, FLOAT, INT32, INT64, Kernel, Spec, Turn, Unit, Value, vector
 
 MOST_PLACES = 1 << 16  # what sixteen bits can address
 AHEAD = 4  # nonzeros after the last one that a kernel may read
@@ -35,7 +35,7 @@ class Tile(Spec):
     The residual is read at `others`; where what is read at `gates` is not above zero, zero is stored, as where a mask
     of the output's row has no bits (`masked`). `unroll` nonzeros have accumulators of their own. With `blocked` the
     rows are cut into blocks of input channels, so that a tile of the input stays in the nearest cache while all rows
-    pass over it.
+    pass over it. Threads share the rows, or the tiles (`by_tiles`): then each reads mostly what it wrote itself.
 
     Arguments: input, output, residual, gate (offsets), tiles, rows, bytes from row to row in output, residual and gate,
     blocks, scratch, the tiles' table (four offsets each), row starts (int32), nonzeros (int32 offset, float32 weight;
@@ -55,16 +55,17 @@ class Tile(Spec):
     cap: float | None = None
     blocked: bool = False
     masked: bool = False
+    by_tiles: bool = False
     unroll: int = 1
 
     def emit(self, k: Kernel) -> None:
         b = k.b
         bases = [k.place() for _ in range(4)]
         tiles, rows, *row_bytes = k.integers(5)
-        blocks, scratch = k.integer(), k.place()
+        blocks, scratch = k.integer(), k.at(k.place(), k.field(Unit.SCRATCH))
         table, starts, nonzeros, biases, mask = (k.pointer() for _ in range(5))
-        begin, stop = k.share(rows)
-        with k.loop(tiles) as tile:
+        begin, stop = (k.number(0), rows) if self.by_tiles else k.share(rows)
+        with k.shared(tiles) if self.by_tiles else k.loop(tiles) as tile:
             places = [k.index(table, b.add(b.mul(tile, k.number(4)), k.number(i)), INT64) for i in range(4)]
             here, *outside = (k.at(base, place) for base, place in zip(bases, places, strict=True))
             bits = k.at(mask, places[1])

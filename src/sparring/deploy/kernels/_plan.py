@@ -25,6 +25,7 @@ MOST_ACCUMULATORS = 24  # accumulators in 32 registers, beside a weight and spil
 _SMALL = 4  # pixels, up to which an output's sums have several accumulators
 _ROUNDED = 1 / 3  # of a row, which zeros may take so that it ends with a cache line, as fewer loads then cross lines
 _FULL = 0.5  # of the weights, from which on zeros among them are multiplied too
+_MANY_TILES = 12  # of a layer: threads can share them evenly
 _CHAINED = 256 * 1024  # bytes of values that stay in a near cache while a chain of kernels passes over them
 _NEAR = 24 * 1024  # bytes of input that fit into the nearest cache beside weights and sums
 
@@ -229,7 +230,7 @@ class Planner:
             made = self._calls_of(task, choose)
             if number and made and self._follows(task, tasks[number - 1], calls[-1]):
                 calls[-before:] = self._chained(task, calls[-before:])
-                made = [replace(call, chain=calls[-1].chain, turns=calls[-1].turns) for call in made]
+                made = [_chain(call, calls[-1].chain, calls[-1].turns) for call in made]
             calls, before = [*calls, *made], len(made)
         logits = self.plain(len(self.program.steps))
         lanes = self.layout.lanes if self.layout.tiles else 1
@@ -267,7 +268,7 @@ class Planner:
         buffers += [self._split[task.result]] if task.result in self._split else []
         rows, size = buffers[0].shape[0], sum(b.shape[0] * b.outer for b in buffers)
         turns = max(1, min(rows, -(-size // _CHAINED)))
-        return [*calls[:-1], replace(calls[-1], chain=task.result, turns=turns)] if turns > 1 else calls
+        return [*calls[:-1], _chain(calls[-1], task.result, turns)] if turns > 1 else calls
 
     def moves(self, task: Task) -> list[Call]:
         """Return the calls for a task that only moves values: none for a view."""
@@ -428,7 +429,9 @@ class Planner:
         starts, nonzeros = _nonzeros(task.op, offsets_of(task.op, source, flat), per_block, blocks)
         numbers = [len(cut.starts), task.op.shape[0], *row_bytes, blocks, self.end]
         tables = (table, starts, nonzeros, rows, mask)
-        spec, once = replace(spec, blocked=blocks > 1), flat and self.layout.tiles
+        once = flat and self.layout.tiles
+        by_tiles = not self.layout.tiles and len(cut.starts) >= _MANY_TILES
+        spec = replace(spec, blocked=blocks > 1, by_tiles=by_tiles)
         return kernel_call(spec, [*origins, *numbers], tables, per_unit=not once)
 
     def _columns(
@@ -463,12 +466,16 @@ class Planner:
         return _channels_per_block(choice, cut, op, source, flat, spec)
 
     @property
-    def common_bytes(self) -> int:
-        """Return the bytes that all units use in turn: values, then scratch for sums of the layer with most rows."""
+    def scratch_bytes(self) -> int:
+        """Return the bytes of a thread's scratch: for the sums of the layer with most rows."""
         rows = max((max(task.op.shape[:2]) for task in self.tasks if isinstance(task, FusedLayer)), default=0)
         sums = self.layout.lanes * (MOST_ACCUMULATORS if self.layout.vectors == 1 else 1)  # of a row in one tile
-        scratch = 4 * max(rows * sums, math.prod(self.program.shape))
-        return -(-(self.end + scratch) // 64) * 64
+        return 4 * max(rows * sums, math.prod(self.program.shape))
+
+    @property
+    def common_bytes(self) -> int:
+        """Return the bytes that all units use in turn: values, then scratch."""
+        return -(-(self.end + self.scratch_bytes) // 64) * 64
 
     @property
     def arena_bytes(self) -> int:
@@ -542,6 +549,12 @@ def sources_of(task: Task) -> list[int]:
 def factors(scale: Scale | None) -> tuple[Table, ...]:
     """Return scales and shifts, one of each where there are none."""
     return (np.ones(1, np.float32), np.zeros(1, np.float32)) if scale is None else (scale.scale, scale.shift)
+
+
+def _chain(call: Call, chain: int, turns: int) -> Call:
+    """Return a call as part of a chain (0: none), whose turns are shares of rows."""
+    spec = replace(call.spec, by_tiles=False) if chain and isinstance(call.spec, Tile) else call.spec
+    return replace(call, spec=spec, chain=chain, turns=turns)
 
 
 def _tile(

@@ -46,10 +46,9 @@ class QuadTile(Tile):
     which are stored side by side; or, as floats, row by row, pool(Σ weight · in + bias) · factor.
 
     Arguments: those of Tile, with rows of the output and the residual counted by fours where these are bytes, and
-    a RECORD for each row in place of biases; it neither takes blocks nor gates.
+    a RECORD for each row in place of biases; it neither takes blocks nor gates, and threads always share its tiles.
     """
 
-    shares = False
     stored: Stored = Stored(integer.PLAIN)
 
     def emit(self, k: Kernel) -> None:
@@ -58,7 +57,7 @@ class QuadTile(Tile):
         tiles, rows, *row_bytes = k.integers(5)
         k.integers(2)  # blocks and scratch
         table, starts, nonzeros, records, mask = (k.pointer() for _ in range(5))
-        with k.loop(tiles) as tile:
+        with k.shared(tiles) as tile:
             places = [k.index(table, b.add(b.mul(tile, k.number(4)), k.number(i)), ir.IntType(64)) for i in range(4)]
             here, *outside = (k.at(base, place) for base, place in zip(bases, places, strict=True))
             bits = k.at(mask, places[1])
