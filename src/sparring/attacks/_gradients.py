@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..modes import eval_mode
 from ..outputs import Opened
 from ._meter import Meter
-from .algorithms._losses import Objective, is_answer
+from .algorithms._losses import Objective, cross_entropy, cross_entropy_slope, is_answer
 from .fastpath._mlp import ByHand, Dense, pulled
 
 # Gradients that share one backward pass, and its memory.
@@ -218,6 +218,8 @@ def kernels_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 def _slope(objective: Objective, y: Tensor, targets: Tensor | None, logits: Tensor) -> Tensor:
     """Return the gradient of a per-image objective with respect to the logits."""
+    if objective is cross_entropy:
+        return cross_entropy_slope(logits.detach(), y, targets)
     leaf = logits.detach().requires_grad_()
     with torch.enable_grad():
         total = objective(leaf, y, targets).sum()

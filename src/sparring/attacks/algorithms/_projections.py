@@ -49,7 +49,8 @@ def shrink(state: State, keep: Tensor) -> State:
 def put_(whole: Tensor, rows: Tensor, chosen: Tensor, values: Tensor) -> None:
     """Write the chosen (bool, (M,)) of some values (M, ...) to their places `rows` (M,) in the whole (N, ...)."""
     if on_cpu(whole):
-        whole[rows[chosen]] = values[chosen]
+        which = chosen.nonzero().squeeze(1)  # once, since masks are slow
+        whole.index_copy_(0, rows.index_select(0, which), values.index_select(0, which))
     else:  # without asking how many they are
         whole.index_copy_(0, rows, torch.where(column(chosen, values), values, whole.index_select(0, rows)))
 
