@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparring import memory
 from sparring.errors import UserError
-from sparring.memory import Need, free_memory, measured
+from sparring.memory import Need, check_room, free_memory, measured
 
 
 def test_what_lives_at_a_time_is_counted_and_what_died_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +65,24 @@ def test_as_many_images_fit_as_there_is_memory_for() -> None:
 def test_free_memory_of_a_cpu_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda: 123)
     assert free_memory() == free_memory(torch.device("cpu")) == 123
+
+
+def test_a_network_too_large_is_refused_before_it_is_built(capfd: pytest.CaptureFixture[str]) -> None:
+    made = []
+
+    def build() -> nn.Module:
+        print("building")
+        made.append(nn.Linear(2**20, 2**24))  # 64 TiB
+        return made[-1]
+
+    with pytest.raises(UserError, match=r"training 'net' takes at least 19660\d.\d GiB and .* are free: use a smaller"):
+        check_room(build, 3, "training 'net'")
+    assert not made and not capfd.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_network_whose_size_is_unknown_is_built_all_the_same(error: type[BaseException]) -> None:
+    def build() -> nn.Module:
+        raise error
+
+    check_room(build, 3, "training 'net'")

@@ -197,10 +197,10 @@ def read_bounded(path: Path | str, *, limit: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{path} is not a regular file; choose another path")
-            data = file.read(min(limit, status.st_size) + 1)
+            data = b"" if status.st_size > limit else file.read(limit + 1)
     except OSError as error:
         raise explain(error, path, "read") from error
-    if len(data) > limit:
+    if max(len(data), status.st_size) > limit:
         raise UserError(f"{path} is larger than {limit / MIB:.0f} MiB, the limit; is it the right file?")
     return data
 

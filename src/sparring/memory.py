@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import UserError
 from .ram import available, size_text
 
-__all__ = ["Need", "answers", "answers_at_once", "free_memory", "measured"]
+__all__ = ["Need", "answers", "answers_at_once", "check_room", "free_memory", "measured"]
 
 # On a CPU, peak resident memory over the largest sum of live tensors (kept by the allocator), and the libraries'
 # scratch memory and reordered filters.
 _KEPT, _SCRATCH = 1.25, 128 * 2**20
+_PATIENCE = 5.0  # seconds that a network may take to be built without its numbers
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,50 @@ def measured(work: Callable[[Tensor], object], x: Tensor, *, enough: Callable[[N
             return bound
         two = _peak(work, image.expand(2, *x.shape[1:]).clone())
     return Need(scratch + int(share * max(0, 2 * one - two)), max(1, int(share * max(0, two - one))))
+
+
+def check_room(build: Callable[[], nn.Module], copies: int, what: str) -> None:
+    """Raise UserError, before a network is built, if several copies of its numbers do not fit into the free memory."""
+    needed, free = copies * _size(build), free_memory()
+    if needed > free:
+        raise UserError(
+            f"{what} takes at least {size_text(needed)} and {size_text(free)} are free: use a smaller network, or a "
+            "machine with more memory"
+        )
+
+
+def _size(build: Callable[[], nn.Module]) -> int:
+    """Return the bytes of a network's parameters and buffers, 0 if they cannot be found out.
+
+    It is built without numbers, and in a process of its own: a user's code may keep what it has made.
+    """
+    if not hasattr(os, "fork") or multiprocessing.current_process().daemon:
+        return 0
+    context = multiprocessing.get_context("fork")
+    found, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send_size, args=(build, send), daemon=True)
+    process.start()
+    send.close()
+    try:
+        return int(found.recv()) if found.poll(_PATIENCE) else 0
+    except EOFError:
+        return 0
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send_size(build: Callable[[], nn.Module], send: Connection) -> None:
+    torch.set_num_threads(1)  # the threads of the parent are not here
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+        suppress(BaseException),
+    ):
+        with torch.device("meta"):
+            model = build()
+        send.send(sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers())))
 
 
 def answers_at_once(answer: Callable[[Tensor], object], x: Tensor, *, most: int = 500) -> int:

@@ -126,6 +126,7 @@ PLANS = {
     "steps must lie": ATTACK + "eps = [0.1]\nsteps = 0",
     "share must lie": "[[attacks]]\nname = 'square'\neps = [0.1]\noptions = {share = 7}",
     "should be a valid list": "sparsities = 0.5",
+    "plans nothing; set a key beside name, title, mark": "# nothing yet\nname = 'mine'",
     "stepps": ATTACK + "eps = [0.1]\nstepps = 10",
     "'queries'": ATTACK + "eps = [0.1]\nqueries = 10",
     "a finite number": ATTACK + "eps = [nan]",

@@ -19,6 +19,9 @@ from torch import nn
 def huge():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 2_000_000), nn.ReLU(), nn.Linear(2_000_000, 10))
 
+def giant():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2**34), nn.ReLU(), nn.Linear(2**34, 10))
+
 def small():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
@@ -34,9 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited on Linux")
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="memory is not limited where there is an NVIDIA driver")
-@pytest.mark.parametrize(
+COMMANDS = pytest.mark.parametrize(
     "words",
     [
         ("attack", "own_sizes:huge", *FEW),
@@ -50,10 +51,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
     ids=lambda words: words[0],
 )
+
+
+@COMMANDS
+def test_a_network_far_too_large_is_refused_before_it_is_built(
+    sparring: Callable[..., Any], folder: Path, words: tuple[str, ...]
+) -> None:
+    plan = folder / "plan.toml"
+    plan.write_text(plan.read_text().replace("huge", "giant"))
+    found = sparring(*(word.replace("huge", "giant") for word in words))
+    assert found.code == 2 and re.search(r"own_sizes:giant' takes at least [\d.]+ GiB and [\d.]+ [GM]iB are", found.err)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited on Linux")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="memory is not limited where there is an NVIDIA driver")
+@COMMANDS
 def test_a_network_that_does_not_fit_is_refused(
     sparring: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(ram, "available", lambda: 2**20)
+    monkeypatch.setattr(memory, "available", lambda: 2**62)  # an estimate that is too low
     found = sparring(*words)
     assert found.code == 2 and re.search(r"out of memory: 488 MiB more do not fit; use a smaller model", found.err)
 

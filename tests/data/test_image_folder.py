@@ -157,7 +157,13 @@ def test_a_list_of_classes_is_found_however_its_name_is_written(tmp_path: Path, 
         assert data.load(str(path)).class_names == ("dog", "cat")
 
 
-@pytest.mark.parametrize("classes", [("1", "2", "10"), ("class 9", "class 10")])
+@pytest.mark.parametrize("classes", [("-1", "0", "1"), ("0.1", "0.15", "0.2"), ("a-1", "a-2"), ("-1", "0", "x")])
+def test_numbers_in_the_order_of_their_values_are_no_surprise(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    for path in laid_out(members(classes), tmp_path):
+        assert data.load(str(path)).class_names == tuple(sorted(classes))
+
+
+@pytest.mark.parametrize("classes", [("1", "2", "10"), ("class 9", "class 10"), ("-2", "-1", "0"), ("2.5", "10.5")])
 def test_labels_that_do_not_count_as_their_names_do_are_named(tmp_path: Path, classes: tuple[str, ...]) -> None:
     for path in laid_out(members(classes), tmp_path):
         with pytest.warns(DataWarning, match="with 10 before 2; classes.txt can give another order"):

@@ -105,6 +105,16 @@ def test_images_are_resized_and_cropped_by_pillow(tmp_path: Path) -> None:
         assert loaded.notes[-2].endswith("the shorter side is resized to 32 (bicubic), cropped to the central 24×20")
 
 
+@pytest.mark.parametrize(
+    ("resize", "crop", "padded"),
+    [(None, (8, 8), True), (8, (8, 8), False), (8, (8, 9), True), ((9, 8), (9, 8), False), ((8, 9), (9, 8), True)],
+)
+def test_a_border_is_said_where_there_may_be_one(
+    resize: int | tuple[int, int] | None, crop: tuple[int, int], padded: bool
+) -> None:
+    assert str(Geometry(resize, crop)).endswith(", smaller images padded with black") == padded
+
+
 def test_labels_are_those_of_a_list_of_classes(tmp_path: Path) -> None:
     files = {f"test/{label}/0.png": image() for label in ("Tinca_tinca", "n00000002", "Cat")}
     for path in laid_out(files, tmp_path):

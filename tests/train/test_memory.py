@@ -23,6 +23,11 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pyte
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_gradients_are_counted_once_for_any_number_of_images() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000), nn.Linear(1000, 1000), nn.Linear(1000, 3))
+    assert step_need(model, torch.rand(1, 1, 8, 8), Recipe()).each < 10 * 4 * 2064
+
+
 def test_measuring_leaves_statistics_alone_and_counts_what_the_optimiser_keeps() -> None:
     model, x = (
         nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)),

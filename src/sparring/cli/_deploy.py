@@ -23,7 +23,7 @@ from ..records import PlanFile, read_plan, read_record
 from ..report import Choice, pick, png, shipped_verdict, timings_figure
 from ..study import chosen_images, trained
 from ..threat import LINF, Threat
-from ..units import parse_eps, percent
+from ..units import duration, parse_eps, percent
 from ._app import BenchOptions, DataSource, ExportOptions, ModelSource, PickOptions, Where
 from ._printing import print_json, print_table
 from ._progress import predicted, shown_images
@@ -114,7 +114,7 @@ def _affordable(packed: deploy.Packed, image: Tensor, most: int, seconds: float)
     cost = {count: each * (count * _GRADIENTS + min(count, 50) * _DECISIONS) for count in range(most, 1, -1)}
     few = next((count for count, needed in cost.items() if needed <= seconds), 2)
     if few < most:
-        said = f"attacking {few} of {most} images, which takes about {cost[few]:.2g} s: --seconds changes this"
+        said = f"attacking {few} of {most} images, which takes about {duration(cost[few])}: --seconds changes this"
         print(said, file=sys.stderr, flush=True)
     return few
 
@@ -150,7 +150,7 @@ def _gain(packed: deploy.Packed) -> str:
     few = "; little to gain: `sparring bench` compares engines" if 2 * ours > torchs else ""
     return (
         f"sparse kernels compute {percent(kept / dense)} of the products per image ({kept:,} of {dense:,}); "
-        f"one image takes {1e3 * ours:.3g} ms on one core, {torchs / ours:.2g} times as fast as dense in PyTorch{few}"
+        f"one image takes {1e3 * ours:.3g} ms on one core, {torchs / ours:.3g} times as fast as dense in PyTorch{few}"
     )
 
 

@@ -18,7 +18,7 @@ from ..devices import Place, place_of
 from ..errors import UnknownNameError, UserError
 from ..files import check_writable, conversion
 from ..graph import GraphModule, from_onnx
-from ..memory import Need, free_memory
+from ..memory import Need, check_room, free_memory
 from ..models import (
     MODELS,
     Blueprint,
@@ -58,7 +58,9 @@ def open_data(
     What `begin` says of a large set, before its images are decoded, is printed.
     """
     dataset = _loaded(source, request, begin)
-    for note in dataset.notes:
+    found, asked = len(dataset.test.x), request.images or 0
+    few = (f"{dataset.name} has {found:,} test images, fewer than {asked:,}: all are used",) if found < asked else ()
+    for note in (*dataset.notes, *few):
         print(note, file=sys.stderr)
     for why, names in dataset.left_out.items() if source.verbose else ():
         print(f"{why}:", *names, sep="\n  ", file=sys.stderr)
@@ -66,6 +68,8 @@ def open_data(
         raise UserError(
             f"'{dataset.name}' has no training images, so it can be used to attack a network but not to train one"
         )
+    if request.parts == "all":
+        data.check_classes(dataset)
     return dataset
 
 
@@ -226,6 +230,8 @@ def _opened(
         model, blueprint, _ = load_model(name)
     else:
         blueprint = blueprint_for(source, dataset)
+        copies = 2 if is_code(name) and weights is None else 1  # two are compared to see whether it is trained
+        check_room(blueprint.build, copies, f"'{name}'")
         model = blueprint.build()
         tell(1, _STEPS)
         notes += [f"{weights or name}: {note}" for note in _put_weights_(model, blueprint, weights, download)]

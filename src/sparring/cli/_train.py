@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..bounds import ibp_initialise_
 from ..data import Dataset, as_float
-from ..devices import place_of
+from ..devices import CPU, place_of
 from ..errors import UnknownNameError, UserError
 from ..files import save_tensors
+from ..memory import check_room
 from ..metrics import accuracy
 from ..models import Blueprint, read_checkpoint, recipe_settings, save_model
 from ..sparsity import Pruner, PruningSpec, build_pruner, check_reached, counts, covered, spared, sparsity_of
@@ -33,7 +34,7 @@ from ..study import (
     refuse_constant,
     robust_score,
 )
-from ..train import EpochProgress, Fit, Recipe, check_memory, fit
+from ..train import EpochProgress, Fit, Recipe, check_memory, copies_of, fit
 from ..units import parse_eps, percent
 from ._app import DataSource, FitOptions, ModelSource, PruneOptions, TrainOptions
 from ._printing import print_json
@@ -72,18 +73,22 @@ def run_train(how: TrainOptions, data: DataSource, options: FitOptions, *, as_js
     dataset = open_data(data, request_for([], data, training=True))
     blueprint = replace(blueprint_for(ModelSource(how.model), dataset), width=how.width, depth=how.depth)
     recipe = _settings(how.recipe, Recipe, own=recipe_settings(how.model, channels=blueprint.shape[0])).recipe
-    model = place.model(_fresh(blueprint, dataset, recipe, options.seed))
+    model = place.model(_fresh(blueprint, dataset, recipe, options.seed, copies_of(recipe) if place == CPU else 1))
     if training.certified:
         ibp_initialise_(model, generator=torch.Generator().manual_seed(options.seed))
     result = _fit(model, dataset, recipe, how.out, options, training)
-    written = _finish(model, blueprint, dataset, result, training, how.out)
-    refuse_constant(predicted(model, dataset.valid.x, "validation images"), dataset.valid.y)
+    written, logits = _finish(model, blueprint, dataset, result, training, how.out)
+    refuse_constant(logits, dataset.valid.y)
     if as_json:
         print_json({"model": how.model, "data": dataset.name, **place.facts(model), "written": written})
 
 
-def _fresh(blueprint: Blueprint, dataset: Dataset, recipe: Recipe, seed: int) -> nn.Module:
-    """Return the network to train; raise UserError if it does not fit the data, or if no epoch would train it."""
+def _fresh(blueprint: Blueprint, dataset: Dataset, recipe: Recipe, seed: int, copies: int) -> nn.Module:
+    """Return the network to train; raise UserError if it does not fit the data or memory, or no epoch would train it.
+
+    copies: how often its numbers are kept.
+    """
+    check_room(blueprint.build, copies, f"training '{blueprint.name}'")
     model = blueprint.build(seed=seed)
     say_fresh(blueprint.name)
     check_fit(model, dataset)
@@ -113,7 +118,7 @@ def run_prune(source: ModelSource, how: PruneOptions, data: DataSource, options:
     asked = None if pruning.layers else how.sparsity
     print(_removed(result.masks, pruner, model, as_float(dataset.test.x[:2]), asked))
     share = _covered(model, result.masks, pruning.structure)
-    written = _finish(model, blueprint, dataset, result, training, how.out)
+    written, _ = _finish(model, blueprint, dataset, result, training, how.out)
     if as_json:
         about = {"model": source.model, "data": dataset.name, **place.facts(model)}
         print_json({**about, "sparsity": sparsity_of(result.masks), **share, "written": written})
@@ -210,38 +215,47 @@ def _shown(images: int, epochs: int, *, quiet: bool) -> Iterator[tuple[Any, Any]
 
 def _finish(
     model: nn.Module, blueprint: Blueprint, dataset: Dataset, result: Fit, training: TrainingSettings, out: Path
-) -> list[dict[str, Any]]:
-    """Write a network and print its accuracy; in adversarial training also the network of the best epoch."""
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Write a network and print its accuracy; in adversarial training also the network of the best epoch.
+
+    Also return the last epoch's logits of the validation images.
+    """
     save_model(out, model, blueprint, result.masks)
     if result.best_epoch is None:
-        return [_told(model, dataset, out)]
+        only, logits = _told(model, dataset, out)
+        return [only], logits
     best, beside = copy.deepcopy(model), out.with_stem(f"{out.stem}-best")
     best.load_state_dict(result.best_state)
     save_model(beside, best, blueprint, {name: result.best_state[name] != 0 for name in result.masks})
     last = len(result.scores)
-    written = []
+    written, logits = [], torch.zeros(0)
     for name, network, epoch, path in (("final", model, last, out), ("best", best, result.best_epoch, beside)):
         share = result.scores[epoch - 1]
         judged = "certified validation accuracy" if training.certified else "validation accuracy under PGD"
         robust = f", {judged} (eps {training.eps:g}) {percent(share)}"
-        told = _told(network, dataset, path, before=f"{name} epoch {epoch}: ", behind=robust)
+        told, found = _told(network, dataset, path, before=f"{name} epoch {epoch}: ", behind=robust)
+        logits = found if network is model else logits
         written.append({**told, "epoch": epoch, "robust_accuracy_valid": share, "eps": training.eps})
-    return written
+    return written, logits
 
 
-def _told(network: nn.Module, dataset: Dataset, path: Path, *, before: str = "", behind: str = "") -> dict[str, Any]:
-    """Print a written network's accuracies with their intervals, and return them."""
+def _told(
+    network: nn.Module, dataset: Dataset, path: Path, *, before: str = "", behind: str = ""
+) -> tuple[dict[str, Any], Tensor]:
+    """Print a written network's accuracies with their intervals; return them, and the logits of validation images."""
     texts: list[str] = []
     found: dict[str, Any] = {"path": str(path)}
+    judged = torch.zeros(0)
     splits = (("validation", "accuracy_valid", dataset.valid), ("test", "accuracy", dataset.test))
     for name, key, split in (one for one in splits if len(one[2].x)):
         logits = predicted(network, split.x, f"{name} images")
+        judged = logits if split is dataset.valid else judged
         share, right = accuracy(logits, split.y), int((logits.argmax(1) == split.y).sum())
         low, high = binomial_interval(right, len(split.y))
         texts.append("{} accuracy {} [{}, {}]".format(name, *(percent(one, 2) for one in (share, low, high))))
         found |= {key: share, f"{key}_interval": [low, high]}
     print(f"{before}{', '.join(texts)}{behind}\nwrote {path}")
-    return found
+    return found, judged
 
 
 def _removed(masks: dict[str, Tensor], pruner: Pruner, model: nn.Module, x: Tensor, asked: float | None) -> str:

@@ -9,7 +9,7 @@ Examples:
 
 from ._registry import DATASETS, Available, available, kind_of, load
 from ._request import EVERYTHING, SPLITS, ClassList, Geometry, Preparation, Request, read_classes
-from ._types import Dataset, Split, as_float, content_hash, fixed_order, from_splits, untrained
+from ._types import Dataset, Split, as_float, check_classes, content_hash, fixed_order, from_splits, untrained
 from .formats._torch_datasets import from_torch
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Split",
     "as_float",
     "available",
+    "check_classes",
     "content_hash",
     "fixed_order",
     "from_splits",

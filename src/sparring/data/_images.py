@@ -26,6 +26,7 @@ from ._undecoded import Undecoded
 from .formats._listing import CLASSES, PARTS, Entry, Listing
 
 Begin = Callable[[Dataset], None]
+NUMBER = re.compile(r"[+-]?\d+([.]\d+)?")
 ALMOST = {**PARTS, "training": "train", "testing": "test"}  # in capitals, or other words
 _UNTRAINED = (
     "; a test split is enough to attack a trained network, and to prune or study one with epochs=0 (in a plan: its "
@@ -303,9 +304,11 @@ def _repeated(parts: dict[str, list[Entry]]) -> list[str]:
     return [] if len(set(names)) == len(names) else [name for name, count in Counter(names).items() if count > 1]
 
 
-def _as_counted(label: str) -> list[str | int]:
-    """Return a key that sorts "2" before "10"."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", label)]
+def _as_counted(label: str) -> list[str | float]:
+    """Return a key that sorts "2" before "10", and numbers by their value."""
+    if NUMBER.fullmatch(label):
+        return ["", float(label)]
+    return [float(part) if part.isdecimal() else part for part in re.split(r"(\d+)", label)]
 
 
 def _ordered(entries: list[Entry], numbers: dict[str, int]) -> list[Entry]:

@@ -42,6 +42,11 @@ class Geometry:
             image = _resized(image, self.resize, INTERPOLATIONS[self.interpolation])
         return image if self.crop is None else _cropped(image, *self.crop)
 
+    def _is_inside(self) -> bool:
+        """Return whether the crop lies inside every image, whatever its size was."""
+        sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or (0, 0)
+        return self.crop is None or all(crop <= side for crop, side in zip(self.crop, sides, strict=True))
+
     def __str__(self) -> str:
         steps = []
         if isinstance(self.resize, tuple):
@@ -50,6 +55,7 @@ class Geometry:
             steps.append(f"the shorter side is resized to {self.resize} ({self.interpolation})")
         if self.crop is not None:
             steps.append(f"cropped to the central {self.crop[0]}×{self.crop[1]}")
+            steps += [] if self._is_inside() else ["smaller images padded with black"]
         if self.source:
             steps.append(f"as {self.source} has it")
         return ", ".join(steps)

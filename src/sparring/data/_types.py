@@ -117,6 +117,17 @@ def check_split(what: str, split: Split, shape: torch.Size, classes: int) -> Non
         raise DataError(f"{what} has the label {int(y[at])} at image {at}; labels go from 0 to {classes - 1}")
 
 
+def check_classes(dataset: Dataset) -> None:
+    """Raise DataError if a network would be trained on images of one class."""
+    y = dataset.train.y
+    if len(y) and bool((y == y[0]).all()):
+        one = f" ('{dataset.class_names[int(y[0])]}')" if dataset.class_names else ""
+        raise DataError(
+            f"all training images of '{dataset.name}' are of one class{one}, so there is nothing to learn; add images "
+            "of another class"
+        )
+
+
 def _counts(x: Tensor) -> Tensor:
     """Return how often each of the 256 values occurs in images, by channel (C, 256)."""
     counts = torch.zeros(x.shape[1], 256, dtype=torch.int64)

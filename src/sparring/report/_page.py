@@ -158,8 +158,8 @@ def _caption(panel: Panel, ledger: Sequence[Row]) -> str:
         if result.left_out:
             parts.append(f"{name}{', '.join(map(numbers.percent, result.left_out))} omitted because seeds are missing")
     if any(first.failed):
-        share = sum(first.failed) / len(first.failed)
-        parts.append(f"the attack failed on {100 * share:.2g}% of images, which count with the largest distance found")
+        share = numbers.percent(sum(first.failed) / len(first.failed))
+        parts.append(f"the attack failed on {share} of images, which count with the largest distance found")
     seeds = "1 seed (intervals cover images only)" if len(first.seeds) == 1 else f"{len(first.seeds)} seeds"
     text = "; ".join([*parts, f"{seeds}, {first.images:,} images"]) + "."
     return text if len(panel.results) > 1 else text[0].upper() + text[1:]  # a method's label keeps its case
@@ -236,7 +236,7 @@ def _gallery(findings: Findings, network: Network, held: dict[str, Array], norm:
         images = {"clean": clean[k], "perturbed": perturbed[k], "difference": 0.5 + 0.5 * moved[k] / largest}
         told = {"label": names.get(label, str(label)), "outcome": outcome}
         shots.append({name: data_uri(image) for name, image in images.items()} | told)
-    return f"{_who(network)}; differences × {0.5 / largest:.2g} around grey", shots
+    return f"{_who(network)}; differences × {0.5 / largest:.3g} around grey", shots
 
 
 def data_uri(image: Array) -> str:

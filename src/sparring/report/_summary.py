@@ -124,7 +124,7 @@ def _trend(result: Result) -> str:
             told = most(side) if len(shown) == 1 else f"{_where(result, shown)} ({most(side)})"
             parts.append(f"{verb} {told}")
     lost = max(result.failed, default=0.0)
-    doubt = f", although the search failed on up to {100 * lost:.2g}% of images" if lost > MANY_FAILED else ""
+    doubt = f", although the search failed on up to {numbers.percent(lost)} of images" if lost > MANY_FAILED else ""
     return (" and ".join(parts) or f"is not shown to change ({largest})") + doubt
 
 

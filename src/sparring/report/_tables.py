@@ -297,7 +297,7 @@ def ledger_table(rows: Sequence[Row]) -> Table | None:
         kind = row.verdict if mark != "✕" else "contradicted"
         told = [row.claim.test, row.claim.origin if row.claim.origin == "later work" else ""]
         if any(row.question.failed):
-            told.append("search failed on {:.2g}% and {:.2g}%".format(*(100 * share for share in row.question.failed)))
+            told.append("search failed on {} and {}".format(*map(numbers.percent, row.question.failed)))
         what = Cell(row.claim.text, "strong" if row.claim.primary else "", "; ".join(part for part in told if part))
         verdict = Cell(f"{mark} {row.told}", f"verdict {kind}", row.why)
         p = "–" if row.decisive is None or row.question.doubt else numbers.p_value(row.decisive)

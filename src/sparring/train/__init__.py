@@ -14,7 +14,7 @@ from __future__ import annotations
 from ._certified import certified
 from ._fit import EpochProgress, Fit, fit, is_whole, predict
 from ._losses import Loss, Ramped, adversarial, cross_entropy, smoothed, trades
-from ._memory import check_memory, step_need
+from ._memory import check_memory, copies_of, step_need
 from ._recipe import Recipe, learning_rate
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "adversarial",
     "certified",
     "check_memory",
+    "copies_of",
     "cross_entropy",
     "fit",
     "is_whole",

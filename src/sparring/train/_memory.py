@@ -51,6 +51,11 @@ def as_input(x: Tensor, model: nn.Module) -> Tensor:
     return moved(x, first.device).to(kind).div_(255)
 
 
+def copies_of(recipe: Recipe) -> int:
+    """Return how many numbers training keeps of each parameter: itself, its gradient and the optimiser's averages."""
+    return 3 if recipe.optimizer == "sgd" else 4
+
+
 def step_need(model: nn.Module, x: Tensor, recipe: Recipe, loss: Loss | Ramped = cross_entropy) -> Need:
     """Return the memory of a training step, with the optimiser's averages; x: float images (N, ...).
 
@@ -59,12 +64,12 @@ def step_need(model: nn.Module, x: Tensor, recipe: Recipe, loss: Loss | Ramped =
     first = loss.at(_BEGINNING) if isinstance(loss, Ramped) else loss
 
     def work(images: Tensor) -> None:
+        model.zero_grad(set_to_none=True)  # or adding to the first run's gradients would count as one image's memory
         label = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         backward(first(model, images, label, torch.Generator().manual_seed(0)))
 
     with eval_mode(model), channels_last(model):
         need = measured(work, x)
     model.zero_grad(set_to_none=True)
-    averages = 1 if recipe.optimizer == "sgd" else 2
-    kept = averages * sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = (copies_of(recipe) - 2) * sum(p.numel() * p.element_size() for p in model.parameters())
     return Need(need.fixed + kept, need.each)

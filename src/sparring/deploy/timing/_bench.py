@@ -20,6 +20,7 @@ from ...memory import free_memory, measured
 from ...modes import eval_mode
 from ...sparsity import apply_, magnitude, select
 from ...tally import counts
+from ...units import percent
 from .._equivalent import Equivalent
 from .._program import products
 from .._runtime import Packed, load
@@ -221,12 +222,13 @@ def what_to_ship(found: Bench) -> list[str]:
             line += f", {second.milliseconds / exact.milliseconds:.1f} times as fast as {second.engine}"
         if not best.exact:
             line += (
-                f"; {best.engine} takes {best.milliseconds:.3g} ms, with logits off by {100 * best.logit_error:.1g}% "
+                f"; {best.engine} takes {best.milliseconds:.3g} ms, with logits off by {percent(best.logit_error)} "
                 "of the largest: ship it only after its accuracy and robustness have been measured"
             )
         told.append(line + ".")
     fastest = found.fastest(min(row.batch for row in found.rows), exact=True)
     if fastest.engine != "packed":
-        where = "at no sparsity up to 99%" if found.wins_from is None else f"from about {found.wins_from:.0%} sparsity"
-        told.append(f"The sparse kernels would be the fastest {where}; this network has {found.sparsity:.0%}.")
+        least = found.wins_from
+        where = "at no sparsity up to 99%" if least is None else f"from about {percent(least, 0)} sparsity"
+        told.append(f"The sparse kernels would be the fastest {where}; this network has {percent(found.sparsity, 0)}.")
     return told

@@ -24,6 +24,7 @@ from ...graph import quiet
 from .._onnx import run_session, takes_any_number, to_onnx
 from .._program import Floats
 from .._runtime import export, load
+from ..kernels._native import way_of_products
 
 
 class Unavailable(UserError):
@@ -114,6 +115,7 @@ class Network:
             quantize_static(
                 self.onnx, path, Images(), quant_format=QuantFormat.QDQ, per_channel=True,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                reduce_range=way_of_products() == "maddubs",  # whose sums of two products saturate at 16 bits
             )  # fmt: skip
         finally:
             logging.disable(logging.NOTSET)
@@ -164,7 +166,8 @@ def _onnxruntime(network: Network) -> Opened:
 
 
 def _onnxruntime_int8(network: Network) -> Opened:
-    path, settings = network.quantised, f"static, QDQ, uint8 × int8 per channel, {len(network.images)} images"
+    path, weights = network.quantised, "int8 in 7 bits" if way_of_products() == "maddubs" else "int8"
+    settings = f"static, QDQ, uint8 × {weights} per channel, {len(network.images)} images"
     return Opened(_session(path), settings, path.stat().st_size, exact=False)
 
 

@@ -6,19 +6,23 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...data import as_float
+from ...data import as_float, check_classes
+from ...devices import Place
 from ...errors import PlanError, UserError, told
 from ...facts import ATTACKS, BOUNDS, LIPSCHITZ, OWN_ATTACK, BoundFacts
+from ...memory import check_room
 from ...memory_format import channels_last
 from ...models import load_weights_, read_weights
 from ...modes import eval_mode
 from ...outputs import logits_of, opened
 from ...sparsity import ACTIVATIONS, Batch, CollapsedLayerWarning, all_ones, build_pruner, magnitude, spared
+from ...train import copies_of
 from ...units import duration
 from ..runner._executors import AnyTask
 from ..stages._inputs import (
@@ -54,6 +58,11 @@ def rehearse(plan: Plan, context: Context) -> None:
     Only tables with a structure, layers or a floor can have these; other plans of known models are not checked.
     """
     _refuse_untrained(plan, context)
+    if plan.trains:
+        check_classes(context.dataset)
+    copies = copies_of(plan.recipe) if plan.trains and context.device == "cpu" else 1
+    nowhere = replace(context, place=Place("meta", context.place.dtype))
+    check_room(lambda: network(nowhere, Network.of(plan.model)), copies, f"a task with '{plan.model.name}'")
     depending = [p for p in plan.pruning if p.structure or p.layers or p.spare or p.floor or p.c_rate is not None]
     own = context.factory is not None or ":" in plan.model.name or plan.model.weights is not None
     if not depending and not own:

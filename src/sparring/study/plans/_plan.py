@@ -58,6 +58,7 @@ MAX_PLAN_BYTES = 1_000_000
 # Images that an attack takes at a time: "auto" means this number, or fewer if these need more than 1 GiB.
 BATCH_SIZE = 500
 AUTO: Literal["auto"] = "auto"
+NAMING = ("name", "title", "mark")  # keys that change no result
 MARGINS = ("accuracy", "robust", "distance", "over_sparsified")
 
 
@@ -180,6 +181,8 @@ class Plan:
         source, text = read_text(path_or_preset)
         try:
             table = tomllib.loads(text)
+            if not table.keys() - NAMING:
+                raise PlanError(f"{source} plans nothing; set a key beside {', '.join(NAMING)}, such as data")
             table.setdefault("name", Path(source).stem)
             return Plan.from_table(table, overrides, source=source)
         except tomllib.TOMLDecodeError as error:

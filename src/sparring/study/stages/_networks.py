@@ -193,7 +193,8 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
         raise UserError(f"the model returns NaN for {dataset.name}'s images; check its weights for NaN")
     if logits.shape[1] != dataset.classes:
         raise UserError(
-            f"the model returns {logits.shape[1]} numbers per image, but {dataset.name} has {dataset.classes} classes: "
+            f"the model returns {logits.shape[1]} numbers per image, but {dataset.name} has {dataset.classes} "
+            f"{'class' if dataset.classes == 1 else 'classes'}: "
             "do model and data belong together? If the data have only some of the model's classes, "
             "--classes FILE names them all"
         )
