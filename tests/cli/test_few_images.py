@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparring.cli import _progress
 from sparring.models import Blueprint, save_model
+from sparring.train import predict
 
 Sparring = Callable[..., Any]
 PLAN = 'data = "{data}"\nmodel = "mlp"\n[recipe]\nepochs = 1\n[[pruning]]\n'
@@ -21,12 +21,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = Blueprint("mlp", (1, 8, 8), 2, (0.0,), (1.0,), widths=(8,))
     save_model(tmp_path / "m.safetensors", made.build(), made)
     x = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
-    for name, y, more in (
-        ("one", 0 * x[:, 0, 0], {}),
-        ("named", 0 * x[:, 0, 0], {"classes": 2}),
-        ("two", x[:, 0, 0] % 2, {}),
-    ):
-        np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=255 - x[:5], y_test=y[:5], **more)
+    one, two = 0 * x[:, 0, 0], x[:, 0, 0] % 2
+    for name, y, classes in (("one", one, 1), ("named", one, 2), ("two", two, 2)):
+        arrays = {"x_train": x, "y_train": y, "x_test": 255 - x[:5], "y_test": y[:5]}
+        np.savez(tmp_path / f"{name}.npz", allow_pickle=False, **arrays, classes=np.array(classes))
         (tmp_path / f"{name}.toml").write_text(PLAN.format(data=f"{name}.npz"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,12 +62,12 @@ def test_fewer_images_than_asked_for_are_counted(sparring: Sparring, folder: Pat
 
 
 def test_training_predicts_each_image_once(sparring: Sparring, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, predict = list[int](), _progress.predict
+    seen = list[int]()
 
     def count(model: Any, x: Any, **options: Any) -> Any:
         seen.append(len(x))
         return predict(model, x, **options)
 
-    monkeypatch.setattr(_progress, "predict", count)
+    monkeypatch.setattr("sparring.cli._progress.predict", count)
     sparring("train", "mlp", "--data", "two.npz", "--out", "o.safetensors", "--set", "epochs=1")
     assert sorted(seen) == [2, 5]

@@ -24,7 +24,7 @@ from ..units import parse_eps
 from ._app import CompareOptions, DataSource, ModelSource, Where
 from ._printing import print_json, print_table
 from ._progress import shown_images
-from ._sources import SAVED, check_named, float_images, open_data, open_model, place_for, request_for
+from ._sources import SAVED, check_named, float_images, open_data, open_model, place_for, request_for, say_few
 
 DROPPED = 1
 BUDGETED = ("fgsm", "pgd", "fast")
@@ -77,6 +77,7 @@ def _compare_models(
         raise UnknownNameError("metric", metric, known)
     dataset = open_data(data, request_for(models, data, images=how.images))
     profiles = [_profile(model, dataset, eps, how.images, place_for(where, model)) for model in models]
+    say_few(dataset, how.images)
     return compare_values(*profiles, lengths=(DISTANCE,))
 
 

@@ -58,9 +58,7 @@ def open_data(
     What `begin` says of a large set, before its images are decoded, is printed.
     """
     dataset = _loaded(source, request, begin)
-    found, asked = len(dataset.test.x), request.images or 0
-    few = (f"{dataset.name} has {found:,} test images, fewer than {asked:,}: all are used",) if found < asked else ()
-    for note in (*dataset.notes, *few):
+    for note in dataset.notes:
         print(note, file=sys.stderr)
     for why, names in dataset.left_out.items() if source.verbose else ():
         print(f"{why}:", *names, sep="\n  ", file=sys.stderr)
@@ -176,7 +174,15 @@ def open_both(
         check_named(one)
     dataset = open_data(source, replace(request_for(models, source, images=images), identify=identify))
     network = open_model(model, dataset, download=source.download)[0].eval()
+    say_few(dataset, images)
     return plain_form(network) if plain else network, dataset
+
+
+def say_few(dataset: Dataset, asked: int | None) -> None:
+    """Print that a command takes fewer images than it was asked to, if the data have no more."""
+    found = len(dataset.test.x)
+    if asked is not None and found < asked:
+        print(f"{dataset.name} has {found:,} test images, fewer than {asked:,}: all are used", file=sys.stderr)
 
 
 def place_for(where: Where, source: ModelSource) -> Place:
