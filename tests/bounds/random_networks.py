@@ -81,6 +81,8 @@ class Mixed(nn.Module):
         h = x.flatten(2).transpose(1, 2)
         h = h + F.gelu(self.across(h.transpose(1, 2))).transpose(1, 2) * self.token
         h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
+        h[:, :2, 1:] = F.relu(h[:, 1:3, 1:])
+        h[:, 2] = self.token[0, 0] - h[:, 3]
         return F.silu(self.along(h))[:, 1:].mean(1)
 
 

@@ -73,9 +73,9 @@ _REASONS = dict.fromkeys(
 )
 # Linear with coefficients that are not negative, or with the option "weight".
 _MOVED = RESAMPLED | frozenset(
-    """add permute transpose movedim narrow slice select index_select cat stack expand repeat mean sum roll flip unfold
-    pad constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle avg_pool1d avg_pool2d adaptive_avg_pool1d
-    adaptive_avg_pool2d im2col col2im conv1d conv_transpose1d conv_transpose2d""".split()  # noqa: SIM905
+    """add permute transpose movedim narrow slice select index_select slice_scatter select_scatter cat stack expand
+    repeat mean sum roll flip unfold pad constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle avg_pool1d
+    avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d im2col col2im conv1d conv_transpose1d conv_transpose2d""".split()  # noqa: SIM905
 )
 
 

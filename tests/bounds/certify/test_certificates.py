@@ -205,3 +205,29 @@ def test_a_radius_is_found_where_intervals_of_the_image_itself_are_wide() -> Non
     assert (margin(model, x, y, Threat(LINF, 0.0), method="interval").amin(1) <= 0).all()
     assert (radius(model, x, y, LINF, method="crown", tolerance=0.3) > 0).all()
     assert (radius(model, x, (y + 1) % 3, LINF, method="crown", tolerance=0.3) == 0).all()
+
+
+class Written(nn.Module):
+    """Write parts of the images into a copy of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = 2 * x
+        y[:, :, 1:3, ::2] = x[:, :, :2, ::2] - 1
+        y[:, 0, 3] = 0.5 * x[:, 0, 0]
+        return self.head(y.flatten(1))
+
+
+def test_parts_written_into_a_value_are_bounded_exactly() -> None:
+    torch.manual_seed(0)
+    model, x, eps = Written(), 0.4 + 0.2 * torch.rand(1, 1, 4, 4), 0.1
+    y = model(x).argmax(1)
+    found = margin(model, x, y, Threat(LINF, eps), method="crown")
+    logits = model(x)[0].detach()
+    slopes = torch.autograd.functional.jacobian(lambda v: model(v)[0], x).flatten(1)
+    rest = [k for k in range(3) if k != int(y)]
+    exact = [logits[y] - logits[k] - eps * (slopes[y] - slopes[k]).abs().sum() for k in rest]
+    assert found[0].tolist() == pytest.approx([float(value) for value in exact], abs=1e-5)
