@@ -342,6 +342,8 @@ class Best:
     def add_(self, found: Tensor) -> Tensor:
         """Judge examples (N, ...) of the images still open, keep better ones, and return the images that improved."""
         rows = self.open().nonzero().squeeze(1)
+        if len(rows) == 0:  # a user's network need not take an empty batch
+            return torch.zeros_like(self.clean_correct)
         held = Scored(*(_taken(part, rows) for part in self.outcome))
         merged, more = better(held, self.judge(_taken(found, rows), rows))
         self.outcome = Scored(*(_put(old, rows, new) for old, new in zip(self.outcome, merged, strict=True)))
