@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparring import attacks, deploy
-from sparring.deploy import interleaved
+from sparring.deploy import _ship, interleaved
 from sparring.errors import UserError
 from sparring.report import timings_figure
 from sparring.threat import LINF, Threat
@@ -127,3 +127,25 @@ def test_rounds_interleave():
     timings = interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=3)
     assert len(timings) == 2 and order[-1] == "b"
     assert all(t.low <= t.median <= t.high for t in timings)
+
+
+def test_large_networks_get_fewer_decisions_and_the_report_says_how_many(sparse_model, monkeypatch):
+    model, threat = sparse_model("lenet-5", 0.1).eval(), Threat(LINF, 0.05)
+    x = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+    packed, y = deploy.pack(model, shape=SHAPE), model(x).argmax(1)
+    monkeypatch.setattr(_ship, "_PRODUCTS", 1e9)
+    found = deploy.ship_report(model, packed, x, y, attacks.fgsm, threat, decisions=1)
+    assert found.decided == 1 and found.robust_decision in (0, 1)
+    assert deploy.ship_report(model, packed, x, y, attacks.fgsm, threat, decisions=0).decided == 0
+
+
+@pytest.mark.parametrize("density", [0.05, 1.0])
+def test_layers_too_dense_for_kernels_run_in_torch_if_asked(sparse_model, density):
+    model = sparse_model("lenet-5", density).eval()
+    x = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+    plain, mixed = (deploy.pack(model, shape=SHAPE, dense=dense) for dense in (False, True))
+    assert (plain.favours_torch, mixed.favours_torch) == (False, density > 0.3)
+    assert torch.allclose(mixed(x), model(x), atol=1e-5)
+    image = x.clone().requires_grad_()
+    found = torch.autograd.grad(deploy.PackedModule(mixed)(image)[:, 0].sum(), image)[0]
+    assert torch.allclose(found, torch.autograd.grad(model(image)[:, 0].sum(), image)[0], atol=1e-5)

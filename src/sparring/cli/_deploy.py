@@ -187,7 +187,7 @@ def _print_cost(found: deploy.Shipped, images: int, threat: Threat) -> None:
     asked, one = percent(found.robust_decision or 0.0, 0), found.change
     print(
         f"robust accuracy under PGD (ℓ∞, eps {threat.eps:g}): model {own}; artefact {itself} when attacked directly, "
-        f"{lent} under the model's adversarial examples; {asked} of the first {min(images, 50)} images under "
+        f"{lent} under the model's adversarial examples; {asked} of the first {found.decided} images under "
         "HopSkipJump, a decision-based attack"
     )
     print(

@@ -16,7 +16,7 @@ from ..waiting import courteous
 from ._artefact import read_program, round_program, write_program
 from ._compile import compile_model
 from ._mixed import DENSITY, Mixed, Timed, is_dense, ways_of
-from ._program import Floats, Program
+from ._program import Floats, Program, products
 from ._reference import run_reference
 from .kernels._engine import Engine, no_answer
 from .kernels._native import native_available
@@ -29,18 +29,22 @@ _STEPS = 3  # of packing: compile the network, round it, and plan how it runs
 class Packed:
     """A packed network: call it with images (N, *shape) in [0, 1] to get logits (N, classes)."""
 
-    def __init__(self, program: Program, *, threads: int = 1, native: bool = True, timed: bool = False) -> None:
+    def __init__(
+        self, program: Program, *, threads: int = 1, native: bool = True, timed: bool = False, dense: bool = False
+    ) -> None:
         """Take a program; `threads` share large batches; without `native` (or without llvmlite) numpy runs it.
 
-        Operations without a sparse kernel, and layers that are too dense, run in torch: by a rule or, if `timed`, by
-        speed.
+        Operations without a sparse kernel run in torch, and layers that are too dense do by speed if `timed`, or by a
+        rule if `dense`.
         """
         if threads < 1:
             raise UserError(f"the number of threads must be at least 1, not {threads}")
         self.program = program
+        kept, full = products(program)
+        self.favours_torch = (timed or dense) and kept > DENSITY * full  # for gradients, if speed may decide
         # Gradients are those of the network whose weights alone are rounded.
         self._engine = _engine(replace(program, rounding={}), threads, timed) if native and program.whole else None
-        self._mixed = _mixed(program, threads, timed, self._engine) if native and native_available() else None
+        self._mixed = _mixed(program, threads, timed, dense, self._engine) if native and native_available() else None
         self._runner = self._mixed or (None if program.rounding else self._engine)
         self._answer: Callable[[object], Floats | None] = no_answer  # of one image, after the first one
 
@@ -124,11 +128,13 @@ def _engine(program: Program, threads: int, timed: bool) -> Engine | None:
         return None
 
 
-def _mixed(program: Program, threads: int, timed: bool, engine: Engine | None) -> Mixed | Timed | Engine | None:
+def _mixed(
+    program: Program, threads: int, timed: bool, dense: bool, engine: Engine | None
+) -> Mixed | Timed | Engine | None:
     """Return a runner of the program on bytes, or in parts if that may be necessary or faster."""
     if program.rounding:
         return _engine(program, threads, timed) if program.whole else Mixed(program, 1.0, threads=threads)
-    if engine is not None and not (timed and is_dense(program)):
+    if engine is not None and not ((timed or dense) and is_dense(program)):
         return None
     return Timed(ways_of(program, threads=threads, first=engine)) if timed else Mixed(program, DENSITY, threads=threads)
 
@@ -143,11 +149,13 @@ def pack(
     calibrate: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     provenance: dict[str, Any] | None = None,
+    dense: bool = False,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Packed:
     """Pack a classifier in memory, as `export` followed by `load`; arguments as there.
 
-    How it runs depends on its weights only, not on timings, so that results are the same to the last bit.
+    How it runs depends on its weights only, not on timings, so that results are the same to the last bit. With `dense`,
+    layers that are not sparse enough for kernels run in torch.
     """
     progress(0, _STEPS)
     names = None if class_names is None else tuple(class_names)
@@ -161,7 +169,7 @@ def pack(
     if calibrate is not None:
         rounded = calibrated(rounded, calibrate)
     progress(2, _STEPS)
-    return Packed(rounded)
+    return Packed(rounded, dense=dense)
 
 
 def export(

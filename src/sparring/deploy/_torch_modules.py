@@ -17,8 +17,8 @@ class PackedModule(nn.Module):
     """An artefact as a module for attacks: images (N, *shape) to logits, differentiable with respect to the images.
 
     fp16 and int8 artefacts use their rounded weights. Logits are computed by the kernels. Gradients are too, or by
-    `equivalent`: without llvmlite, for vectors that autograd batches, and through sparse activations. Attacks find
-    these modules there and can use their straight-through backward pass.
+    `equivalent`: without llvmlite, for vectors that autograd batches, through sparse activations, and for dense
+    networks where speed may decide. Attacks find these modules there and can use their straight-through backward pass.
     """
 
     def __init__(self, packed: Packed) -> None:
@@ -26,7 +26,7 @@ class PackedModule(nn.Module):
         self.packed = packed
         self.equivalent = Equivalent(packed.program)
         masked = any(isinstance(step.op, PackedActivation | Snap) for step in packed.program.steps)
-        self._native = packed.has_gradient and not masked
+        self._native = not masked and not packed.favours_torch and packed.has_gradient
         # Called directly by attacks that need no graph: (images, gradients of logits, one or several for each) to
         # gradients of images.
         self.input_gradient = packed.gradient if self._native else None

@@ -271,7 +271,8 @@ def _artefact(kind: Shipped, sparsity: str) -> list[str]:
     def pair(first: str, second: str) -> str:
         return f"{units.percent(kind.mean(first))} → {units.percent(kind.mean(second))}"
 
-    one, decided = kind.effect, kind.mean("robust_decision")
+    one, decided, few = kind.effect, kind.mean("robust_decision"), kind.mean("decided")
+    told = "–" if math.isnan(decided) else units.percent(decided, 0)
     return [
         kind.method,
         sparsity if kind.sparsity else "0",
@@ -282,7 +283,7 @@ def _artefact(kind: Shipped, sparsity: str) -> list[str]:
         kind.attack,
         pair("robust_model", "robust_packed"),
         f"{100 * one.estimate:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}]",
-        "–" if math.isnan(decided) else units.percent(decided, 0),
+        told if math.isnan(few) or math.isnan(decided) else f"{told} of {few:.0f}",
         "; ".join(f"{name} {first:.4g} → {second:.4g}" for name, first, second in kind.radii()) or "–",
         shipped_verdict(one),
     ]

@@ -197,3 +197,29 @@ def test_another_form_of_the_network_is_asked_and_the_model_judges(net: nn.Modul
     assert sum(asked) > len(images) and twin.forwards == plain.forwards
     assert torch.equal(twin.success, plain.success)
     assert torch.equal(blind.success, net(blind.x_adv).argmax(1) != y), "the verdict is the model's"
+
+
+def test_hopskipjump_looks_for_a_start_only_where_it_has_none() -> None:
+    asked: list[int] = []
+
+    class Bright(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            light = x.flatten(1).mean(1) - 0.8
+            return torch.stack([-light, light], 1)
+
+    x = torch.stack([torch.full((1, 8, 8), 0.9), torch.full((1, 8, 8), 0.1)])
+    x_adv = hopskipjump(Bright(), x, torch.tensor([1, 0]), norm=LINF, steps=1, draws=1, starts=20)
+    assert asked[2:4] == [2, 2] and asked[4:23] == [1] * 19, "noise is dark, so it fools only the bright image"
+    assert not torch.equal(x_adv[0], x[0]) and torch.equal(x_adv[1], x[1])
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_network_is_never_called_without_images(draws: bool, net: nn.Module, images: Tensor) -> None:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = net(x.reshape(len(x), -1, x.shape[-1]).reshape(x.shape))  # ambiguous for an empty batch
+            return logits + 1e-2 * torch.rand_like(logits) if draws else logits
+
+    result = run(Picky(), images, (net(images).argmax(1) + 1) % 4, pgd, Threat(LINF, 0.1), draws=2)
+    assert not result.clean_correct.any() and not result.success.any()

@@ -84,12 +84,13 @@ def _random_start(decide: _Decision, x: Tensor, tries: int, generator: Source) -
     start = x.clone()
     found = decide(x)
     for place in range(tries):
-        if bool(found.all()):
+        rows = (~found).nonzero().squeeze(1)
+        if len(rows) == 0:
             break
-        noise = uniform(x.shape, x, drawn_at(generator, place))
-        fresh = ~found & decide(noise)
-        start = torch.where(column(fresh, x), noise, start)
-        found = found | fresh
+        noise = uniform(x.shape, x, drawn_at(generator, place))[rows]
+        fresh = _Decision(decide.model, decide.y[rows], select(decide.targets, rows))(noise)
+        start[rows[fresh]] = noise[fresh]
+        found[rows] = fresh
     return start, found
 
 
