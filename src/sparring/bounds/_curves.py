@@ -19,6 +19,7 @@ from ..graph import Call, evaluate
 
 _HALVINGS = 26
 _ROUNDING = 1e-13  # of the numbers that go into a difference
+_TOGETHER = 1 << 15  # numbers up to which one call for all lines is faster than one for each
 _ROOT = math.sqrt(2 / math.pi)
 
 
@@ -123,9 +124,12 @@ def between(op: Curve, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Te
     slopes = [chord, *(bend.slope(z) for z in (lower, middle, upper))]
     for touching in (first.lowest, first.highest):
         slopes += [_through(op, lower, touching, chord), _through(op, touching, upper, chord)]
-    found = [extremes(op, lower, upper, slope) for slope in slopes]
     every = torch.stack(slopes)
-    low, high = torch.stack([one.least for one in found]), torch.stack([one.most for one in found])
+    found = [
+        extremes(op, lower.expand_as(part).contiguous(), upper.expand_as(part).contiguous(), part)
+        for part in torch.split(every, len(every) if every.numel() <= _TOGETHER else 1)
+    ]
+    low, high = torch.cat([one.least for one in found]), torch.cat([one.most for one in found])
     below, above = (every * middle + low).argmax(0)[None], (every * middle + high).argmin(0)[None]
     chosen = ((every, below), (low, below), (every, above), (high, above))
     low_slope, low_shift, high_slope, high_shift = (value.gather(0, index)[0] for value, index in chosen)

@@ -195,11 +195,11 @@ def test_nodes_without_channels_or_axes_are_bounded(method: str) -> None:
 
 def test_a_radius_is_found_where_intervals_of_the_image_itself_are_wide() -> None:
     torch.manual_seed(0)
-    linear = [nn.Linear(32, 32) for _ in range(40)]
+    linear = [nn.Linear(64 if at else 32, 64) for at in range(24)]
     for layer in linear:
         nn.init.orthogonal_(layer.weight, gain=2.0)
     layers = [one for layer in linear for one in (layer, nn.SiLU())]
-    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(32, 3)).double().eval()
+    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(64, 3)).double().eval()
     x = torch.rand(2, 2, 4, 4)
     y = model(x.double()).argmax(1)
     assert (margin(model, x, y, Threat(LINF, 0.0), method="interval").amin(1) <= 0).all()
