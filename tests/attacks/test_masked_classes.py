@@ -55,8 +55,9 @@ def reached(model: nn.Module, x: Tensor, attack: str) -> Tensor:
 @pytest.mark.parametrize("attack", sorted(ATTACKS))
 def test_attacks_end_where_they_end_without_the_class(attack: str, images: Tensor) -> None:
     images = images[:2] if attack in SLOW else images
+    fills = {name: FILLS[name] for name in ("-inf", "-1e4 added")} if attack in SLOW else FILLS
     alone = reached(Masking(None).eval(), images, attack)
-    for name, fill in FILLS.items():
+    for name, fill in fills.items():
         found = reached(Masking(fill).eval(), images, attack)
         if facts_of(ATTACKS[attack]).kind == "minimum-norm":
             assert float(found.median()) == pytest.approx(float(alone.median()), rel=0.1), name

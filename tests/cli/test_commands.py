@@ -45,12 +45,21 @@ images = 30
 decisions = 1
 seeds = 2
 """
+SHORT = TINY.partition("[[shipped]]")[0].replace("deploy = true\n", "")
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "tiny.toml"
     path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(plan: Path) -> Path:
+    """Return a plan that neither deploys nor ships."""
+    path = plan.with_name("short.toml")
+    path.write_text(SHORT)
     return path
 
 
@@ -119,8 +128,8 @@ def test_a_study_from_start_to_report(sparring, plan: Path, tmp_path: Path) -> N
     assert json.loads(status.out)["done"] == len(summary["records"])
 
 
-def test_a_plan_is_registered_before_its_first_record(sparring, plan: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    words = ("study", plan, "--out", tmp_path / "out", "--register", "--workers", 0)
+def test_a_plan_is_registered_before_its_first_record(sparring, short: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    words = ("study", short, "--out", tmp_path / "out", "--register", "--workers", 0)
     done = sparring(*words, "--json")
     assert done.code == 0 and "registered on " in done.err
     assert "registered before the first record" in json.loads(done.out)["verdict"]
@@ -134,7 +143,7 @@ def test_a_plan_is_registered_before_its_first_record(sparring, plan: Path, tmp_
 
 
 def test_failed_cells_give_exit_code_3(  # type: ignore[no-untyped-def]
-    sparring, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparring, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "breaking.py").write_text(
         "from sparring.sparsity import Pruner\n"
@@ -146,7 +155,7 @@ def test_failed_cells_give_exit_code_3(  # type: ignore[no-untyped-def]
     )
     monkeypatch.chdir(tmp_path)
     result = sparring(
-        "study", plan, "--out", "out", "--workers", 0, "--set", "pruning=[{method='breaking:pruner',label='mine'}]"
+        "study", short, "--out", "out", "--workers", 0, "--set", "pruning=[{method='breaking:pruner',label='mine'}]"
     )
     assert result.code == 3
     assert "my pruner broke" in result.err
@@ -260,7 +269,7 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
 ) -> None:
     for values, activations in (("fp32", "fp32"), ("int8", "int8"), ("int8", "fp32")):
         path, numbers = tmp_path / f"{values}.sparring", ("--values", values, "--activations", activations)
-        told = sparring("export", models[1], path, "--data", "digits", *numbers, "--images", 50)
+        told = sparring("export", models[1], path, "--data", "digits", *numbers, "--images", 20)
         assert told.code == 0 and path.exists() and "times smaller" in told.out and "artefact" in told.out
         assert re.search(r"one image takes [\d.e-]+ ms on one core, [\d.]+ times as fast", told.out)
         assert bool(deploy.load(path).program.rounding) == (activations == "int8")
@@ -271,7 +280,7 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
     assert refused.code == 2 and "--values int8" in refused.err
     program = deploy.load(path).program
     assert program.class_names is not None and len(program.provenance["weights_sha256"]) == 64
-    again = sparring("export", models[1], path, "--data", "digits", "--values", "int8", "--images", 50, "--json")
+    again = sparring("export", models[1], path, "--data", "digits", "--values", "int8", "--images", 20, "--json")
     assert json.loads(again.out)["bytes"] == path.stat().st_size and "HopSkipJump" in again.err
     few = sparring("export", models[1], path, "--data", "digits", "--seconds", 1e-3, "--images", 50, "--json")
     assert json.loads(few.out)["images"] == 2 and "attacking 2 of 50 images" in few.err
@@ -298,7 +307,7 @@ def test_export_runs_the_artefact_against_the_model(  # type: ignore[no-untyped-
 
 
 def test_a_study_of_weights_that_exist(  # type: ignore[no-untyped-def]
-    sparring, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sparring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "shipped.py").write_text(
         "from torch import nn\n\ndef net(shape, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), "
@@ -307,7 +316,7 @@ def test_a_study_of_weights_that_exist(  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     options = ("--data", "digits", "--quiet", "--set", "epochs=2")
     assert sparring("train", "shipped:net", "--out", "mine.safetensors", *options).code == 0
-    Path("own.toml").write_text(TINY.replace('model = { name = "mlp", widths = [16] }', ""))
+    Path("own.toml").write_text(SHORT.replace('model = { name = "mlp", widths = [16] }', ""))
     words = ("--model", "shipped:net", "--weights", "mine.safetensors")
     done = sparring("study", "own.toml", "--out", "own", *words, "--workers", 0, "--json")
     assert done.code == 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,6 +23,16 @@ def sparsify_(model: nn.Module, density: float, generator: torch.Generator) -> n
             if parameter.dim() > 1:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) < density)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def new_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Use no kernels that an earlier run left in the cache; those of this run, by any worker, are shared."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparring import deploy
+from sparring import deploy, graph
 from sparring.deploy._artefact import MAGIC
 from sparring.deploy._compile import compile_model
 from sparring.deploy._mixed import Mixed, Timed
@@ -119,6 +120,15 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def lowered_once() -> Iterator[None]:
+    """Lower each network once: packing and exporting it, in floats and in integers, begin with the same graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "lower", functools.cache(graph.lower))
+        yield
+
+
+@functools.cache
 def sparse(name: str, density: float = 0.3) -> nn.Module:
     torch.manual_seed(0)
     model, generator = NETWORKS[name]().eval(), torch.Generator().manual_seed(0)
@@ -302,9 +312,15 @@ HOSTILE: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gated") / "net.sparring"
+    return deploy.export(sparse("gated"), path, shape=SHAPE).read_bytes()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_dense_operation_is_refused(tmp_path: Path, name: str) -> None:
-    data = deploy.export(sparse("gated"), tmp_path / "net.sparring", shape=SHAPE).read_bytes()
+def test_a_hostile_dense_operation_is_refused(tmp_path: Path, name: str, gated: bytes) -> None:
+    data = gated
     header = header_of(data)
     steps = header["steps"]
     assert isinstance(steps, list)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -174,9 +173,8 @@ def make_study(tmp_path_factory):
         for seed in range(seeds):
             wanted = [("reference", 0.0), ("control", 0.0)] + [(m, s) for m in methods for s in sparsities]
             for method, sparsity in wanted:
-                with mock.patch("os.fsync"):
-                    tasks = maker.network(seed, method, sparsity)
-                    tasks += maker.extras(seed, method, sparsity) if extras else []
+                tasks = maker.network(seed, method, sparsity)
+                tasks += maker.extras(seed, method, sparsity) if extras else []
                 table = tables.get(method, {})
                 kind = pruning_kind(table.get("score"), table.get("method"), table.get("structure"))
                 kind = method if method in CELLS else "activations" if method.startswith("top-k") else kind

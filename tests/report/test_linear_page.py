@@ -112,5 +112,5 @@ def test_a_linear_ledger_merges_with_others(folder: Path) -> None:
 
 
 def test_a_classifier_without_weights_has_an_infinite_bound(few_digits: Dataset, tmp_path: Path) -> None:
-    make(tmp_path, few_digits, l1=[1e-6, 5.0])
+    make(tmp_path, few_digits, classes=[3, 8], l2=[1.0], l1=[1e-6, 5.0], magnitude=[])
     assert ">inf<" in (tmp_path / "report.html").read_text()

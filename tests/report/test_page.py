@@ -3,16 +3,20 @@
 import csv
 import dataclasses
 import html
+import io
 import json
 import re
 from html.parser import HTMLParser
 from typing import get_args
 
 import pytest
+import vl_convert
+from PIL import Image
 
 from sparring import report
 from sparring.errors import UserError
 from sparring.records import read_plan
+from sparring.report import _figures as figures
 from sparring.report import _summary as words
 from sparring.report.analysis._findings import Result, find
 from sparring.report.analysis._metrics import Measure
@@ -148,7 +152,15 @@ def test_the_ledger_is_written_as_rows(study_folder, page):
     assert {row["verdict"] for row in rows} <= set(get_args(Verdict))
 
 
-def test_writing_twice_gives_the_same_bytes(study_folder, page):
+def test_a_picture_has_twice_the_size_of_its_drawing(study_folder, page, drawing, monkeypatch):
+    drawn = (study_folder / "figures" / "accuracy.svg").read_text()
+    monkeypatch.setattr(vl_convert, "svg_to_png", drawing.png)
+    size = Image.open(io.BytesIO(figures.png(drawn))).size
+    assert size == tuple(2 * int(re.search(rf'<svg[^>]* {side}="(\d+)"', drawn)[1]) for side in ("width", "height"))
+
+
+def test_writing_twice_gives_the_same_bytes(study_folder, page, drawing):
+    drawing.svg.cache_clear()
     assert report.write(study_folder).read_text() == page
 
 

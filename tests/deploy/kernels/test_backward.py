@@ -9,7 +9,9 @@ from sparring import deploy
 from sparring.errors import UserError
 from sparring.models import Residual
 
-from .test_engine import networks, own_cache  # noqa: F401
+from .test_engine import networks
+
+pytestmark = pytest.mark.usefixtures("new_kernels")
 
 
 def gradient(model: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:

@@ -23,14 +23,8 @@ from sparring.errors import UserError
 from sparring.models import Residual
 from sparring.sparsity import Threshold, TopK
 
+pytestmark = pytest.mark.usefixtures("new_kernels")
 BATCHES = (1, 3, 16, 64, 65)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def check(model: nn.Module, shape: tuple[int, ...], batches=BATCHES, lanes: int | None = None) -> None:

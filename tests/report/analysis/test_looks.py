@@ -43,7 +43,8 @@ def told(tmp_path_factory, few_digits):
     verdicts = []
     for changes in ({}, {"sparsities": [0.8]}, {}, {"seeds": 3}, {"seeds": 3}):
         run(plan(**changes), out, dataset=few_digits, workers=0)
-        verdicts.append(report.publish(out)[1])
+        verdicts.append(report.verdict(out))
+    report.write(out)
     return out, verdicts
 
 
@@ -124,7 +125,7 @@ def test_records_tell_of_sparsities_that_no_report_was_made_of(tmp_path, few_dig
 def test_titles_change_no_look(told, tmp_path, few_digits):
     out = shutil.copytree(told[0], tmp_path / "out")
     run(plan(seeds=3, title="Another title"), out, dataset=few_digits, workers=0)
-    report.write(out)
+    report.verdict(out)
     assert len(read_history(out)) == 4
 
 
@@ -137,7 +138,7 @@ def test_a_broken_history_is_refused_and_one_that_was_removed_is_told_of(told, t
     with pytest.raises(DamageError, match="line 1"):
         run(plan(seeds=3), out, dataset=few_digits, workers=0)
     path.unlink()
-    verdict = report.publish(out)[1]
+    verdict = report.verdict(out)
     assert "a report was written before this history began, so earlier looks are unknown" in verdict
     assert report.publish(out)[1] == verdict
 
@@ -155,7 +156,7 @@ def test_a_registered_plan_is_told_and_so_is_what_changed_since(tmp_path, few_di
     assert register(plan(), out) == entry, "once is enough"
     run(plan(), out, dataset=few_digits, workers=0)
     assert register(plan(), out) == entry, "the same plan goes on"
-    verdict = report.publish(out)[1]
+    verdict = report.verdict(out)
     assert (
         f"registered before the first record, on {entry['time']} ({entry['plan'][:12]}), and has not changed since."
         in verdict
@@ -163,17 +164,17 @@ def test_a_registered_plan_is_told_and_so_is_what_changed_since(tmp_path, few_di
     with pytest.raises(PlanError, match="has records already"):
         register(plan(seeds=3), out)
     run(plan(seeds=3, sparsities=[0.8]), out, dataset=few_digits, workers=0)
-    assert "changed since: seeds, sparsities." in report.publish(out)[1]
+    assert "changed since: seeds, sparsities." in report.verdict(out)
 
 
 def test_a_merged_study_has_the_looks_of_its_parts(tmp_path, few_digits):
     parts = [tmp_path / name for name in "ab"]
     for out, sparsities in zip(parts, ([0.5], [0.8]), strict=True):
         run(plan(sparsities=sparsities), out, dataset=few_digits, workers=0)
-        report.write(out)
+        report.verdict(out)
     merge(parts, tmp_path / "c")
     assert "Third look" in look_sentences(open_study(tmp_path / "c"))[0]
-    report.write(tmp_path / "c")
+    report.verdict(tmp_path / "c")
     merge(parts, tmp_path / "c")
     assert [entry["look"] for entry in read_history(tmp_path / "c")] == [1, 2, 3]
 

@@ -26,14 +26,8 @@ from sparring.models import Residual
 from sparring.sparsity import TopK
 from tests.deploy.kernels.test_engine import networks
 
+pytestmark = pytest.mark.usefixtures("new_kernels")
 BATCHES = (1, 3, 18, 64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def rounded(model: nn.Module, shape: tuple[int, ...]) -> Program:
