@@ -159,7 +159,7 @@ def lower_bounds(model: nn.Module, x: Tensor, y: Tensor, norm: float) -> list[Te
         assert "operation" in str(error)
         return []
     try:
-        exact = bounds.exact(model, x, y, norm, seconds=0.5)
+        exact = bounds.exact(model, x, y, norm, seconds=0.2)
     except Unsupported:  # too large, or pooled under l_2
         return certified
     assert all(bool((each <= exact.upper * (1 + 1e-6)).all()) for each in certified)
