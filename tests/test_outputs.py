@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from sparring import deploy, metrics, sparsity
 from sparring.attacks import ATTACKS, check_silence, lend, run, square, worst_case
+from sparring.data import Split, from_splits
 from sparring.errors import UserError
 from sparring.graph import lower
 from sparring.outputs import Door, logits_of, opened
+from sparring.study.stages._networks import check_fit
 from sparring.threat import LINF, Threat
 from sparring.train import adversarial, cross_entropy, predict, trades
 
@@ -114,6 +116,9 @@ def test_what_is_no_module_or_has_no_weights_yet_is_refused(images: Tensor) -> N
     ):
         with pytest.raises(UserError, match=message):
             run(model, images, y, ATTACKS["pgd"], THREAT)  # type: ignore[arg-type]
+    x = (images * 255).byte()
+    with pytest.raises(UserError, match="exported from"):
+        check_fit(fixed, from_splits("own", None, None, Split(x, y), classes=3))
 
 
 def test_what_forward_raises_is_the_cause(images: Tensor) -> None:

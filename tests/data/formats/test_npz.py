@@ -43,7 +43,7 @@ def test_training_arrays_that_are_empty_are_as_if_not_there(tmp_path: Path) -> N
 
 
 def test_arrays_with_their_own_validation_split(tmp_path: Path) -> None:
-    (tmp_path / "mine.npz").write_bytes(arrays(x_valid=np.ones((1, 8, 8), np.uint8), y_valid=np.array([1])))
+    (tmp_path / "mine.npz").write_bytes(arrays(x_valid=np.full((1, 8, 8), 9, np.uint8), y_valid=np.array([1])))
     mine = data.load("mine", tmp_path)
     assert (len(mine.train.y), len(mine.valid.y)) == (4, 1)
 
@@ -74,6 +74,7 @@ def test_shapes_with_two_readings_are_refused_with_both(tmp_path: Path, shape: t
         ({"y_test": np.array([0, 1, 2, 1])}, "label 2"),
         ({"x_train": np.random.default_rng(0).random((4, 8, 8))}, "in \\[0, 1\\]"),
         ({"x_train": np.full((4, 8, 8), 9, np.uint16)}, "not uint16"),
+        ({"x_train": np.eye(8, dtype=np.uint8)[None].repeat(4, 0)}, "0 and 1 only, of 0 to 255; multiply it"),
         ({"classes": np.array([2, 3])}, "one integer"),
         ({"classes": np.array(-1)}, "cannot have -1 classes; the range is 1 to 1,000,000"),
         ({"classes": np.array(10**12)}, "cannot have 1000000000000 classes"),

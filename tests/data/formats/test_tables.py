@@ -202,6 +202,18 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     ))  # fmt: skip
 
 
+def test_missing_labels_are_no_class_and_signs_are_refused(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.png").write_bytes(image())
+    listed = tmp_path / "mine.csv"
+    listed.write_text("path,label\na.png,nan\nb.png,dog\nc.png,NaN\nd.png,cat\n")
+    with pytest.warns(DataWarning, match=r"without a label: 2 \(a.png, c.png\)"):
+        assert data.load(str(listed), request=TESTED).class_names == ("cat", "dog")
+    listed.write_text("path,label\na.png,-1\nb.png,1\n")
+    with pytest.raises(DataError, match="-1 stands for 'no label'; number the classes 0 and 1"):
+        data.load(str(listed), request=TESTED)
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_columns_may_be_separated_as_spreadsheets_do(tmp_path: Path, separator: str) -> None:
     lines = [["path", "label"], ["a.png", "-1"], ["b.png", "1"], ["c.png", "0"]]

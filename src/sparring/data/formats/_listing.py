@@ -79,7 +79,7 @@ class Listing:
 
     def add(self, part: str, label: str, member: str, place: int | None = None) -> None:
         """Add an image of a table or shard; `part` may be "". Leave out an image without a label."""
-        if not label:
+        if not label or label.lower() == "nan":  # as a float that is missing is written
             self.leave(UNLABELLED, member)
             return
         self.count, label = self.count + (place is None), one_form(label)
@@ -107,6 +107,8 @@ class Listing:
         if not labels <= set(self.named) and all(label.removeprefix("-").isdecimal() for label in whole.values()):
             self._relabel(whole)
             labels = set(whole.values())
+        if labels == {"-1", "1"}:
+            raise DataError("the labels are -1 and 1, but -1 stands for 'no label'; number the classes 0 and 1")
         if "-1" in labels and all(label.isdecimal() for label in labels - {"-1"}):
             self._drop("-1")
             labels.discard("-1")

@@ -133,6 +133,8 @@ def _images(array: Array, key: str, layout: str | None, path: Path) -> torch.Ten
         raise DataError(
             f"{key} in {path} must be uint8 images (N, C, H, W) from 0 to 255, not {array.dtype} {array.shape}"
         )
+    if array[:CHUNK].max(initial=0) == 1:  # nearly black: it was meant to be 0 and 255
+        raise DataError(f"{key} in {path} holds 0 and 1 only, of 0 to 255; multiply it by 255")
     if array.ndim == 3:
         return _in_order(array[:, None])
     a, b, c = array.shape[1:]

@@ -17,7 +17,7 @@ from ...files import sha256_bytes
 from ...matrices import refuse_unmasked
 from ...models import build, is_hub_name, load_weights_
 from ...modes import eval_mode
-from ...outputs import opened
+from ...outputs import check_module, opened
 from ...records import Store, read_plan, read_record
 from ...sparsity import ACTIVATIONS, insert
 from ...waiting import courteous
@@ -185,6 +185,7 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
         raise UserError("the model's parameters are on the device 'meta' and have no values; build it on the CPU")
     images = as_float(dataset.test.x[:2]).to(place)
     try:
+        check_module(model)
         with torch.no_grad(), eval_mode(model):
             logits = opened(model, images)(images)
     except UserError as error:
