@@ -53,7 +53,7 @@ picture: $(READY)
 	@chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1395 \
 	  --screenshot=docs/results/quick.png "file://$(CURDIR)/out/quick/report.html" >/dev/null 2>&1
 
-# README's quickstart shows what `make study` prints, and its table lists all attacks
+# README's quickstart decides the claims that `make study` decides here, and its table lists all attacks
 quickstart: study
 	@$(BIN)/python .ci/readme $(OUT)
 
