@@ -250,7 +250,7 @@ class StemLines:
         pixels = found.new_zeros(*parts.shape[:3], *whole, parts.shape[-1])
         for row, column in itertools.product(*map(range, self.kernel)):
             below, right = (slice(at, at + n, by) for at, n, by in zip((row, column), sides, self.stride, strict=True))
-            pixels[:, :, :, below, right] += parts[:, :, :, row, column]
+            pixels[:, :, :, below, right].add_(parts[:, :, :, row, column])  # `+=` would write it a second time
         return pixels.movedim(-1, 2), found[..., -1, :].sum((2, 3), dtype=torch.float64)
 
 
@@ -282,6 +282,7 @@ class Stem:
         rest = (replace(node, inputs=tuple(i - drop for i in node.inputs)) for node in graph.nodes[self.index + 1 :])
         zero = torch.zeros(1, dtype=torch.int64)
         functions = self.seen(Window((0, 0), (shape[1], shape[2]), (1, 1)), zero, zero, (1, 1))
+        functions = replace(functions, functions=functions.functions.contiguous())  # many products read them
         lines = {1: functions} | {i - drop: value for i, value in relaxed.items() if i > self.index}
         return Graph((pixels, first, *rest)), replace(region, x=x, lower=lower, upper=upper), lines
 
