@@ -39,7 +39,26 @@ def test_budgets_in_fractions() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "a", "1/0", "8/", "/255", "1/2/3", "nan", "-0.1", "inf", "1e999", "0.1/-2", True]
+    "value",
+    [
+        "",
+        "a",
+        "1/0",
+        "8/",
+        "/255",
+        "1/2/3",
+        "nan",
+        "-0.1",
+        "inf",
+        "1e999",
+        "0.1/-2",
+        True,
+        "0_1",
+        "1_0/255",
+        "8/inf",
+        "8/1e400",
+        "1e-400",
+    ],
 )
 def test_what_is_no_budget_is_refused(value: str) -> None:
     with pytest.raises(UserError, match="eps"):

@@ -30,6 +30,7 @@ L0 = 0.0  # number of values that differ: not a norm, but commonly called one
 _NAMES = {LINF: "linf", L2: "l2", L1: "l1", L0: "l0"}
 _SPELLINGS = {spelt: norm for norm, name in _NAMES.items() for spelt in (name[1:], f"{norm:g}", str(norm))}
 _SPELLINGS |= {"infinity": LINF, "∞": LINF}
+_DIGITS = re.compile(r"[^eE]*[1-9]")  # of a number that is not written as 0
 _NORM = re.compile(r"(?:[lℓ][_-]?)?([^_-]+)")
 
 
@@ -51,13 +52,15 @@ def parse_norm(name: str | float) -> float:
 
 def parse_eps(value: str | float) -> float:
     """Return a budget from a number or a text such as "0.03" or "8/255"; raise UserError unless finite and >= 0."""
-    above, slash, below = str(value).partition("/")
+    above, slash, below = str(value).replace("_", "?").partition("/")  # Python reads "0_1" as 1
     try:
         eps = math.nan if isinstance(value, bool) else float(above) / (float(below) if slash else 1.0)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise UserError(f"eps must be a number such as 0.03, or a fraction such as 8/255, not '{value}'") from None
     if not (math.isfinite(eps) and eps >= 0):
         raise UserError(f"eps must be a finite number >= 0, not {value}")
+    if eps == 0 and _DIGITS.match(above):
+        raise UserError(f"eps {value} is too small: it would be 0; give 0, or more than 1e-300")
     return eps + 0.0  # also for −0
 
 

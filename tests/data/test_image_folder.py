@@ -146,6 +146,31 @@ def test_a_list_of_classes_fixes_the_labels(tmp_path: Path) -> None:
         assert (loaded.classes, sorted(set(loaded.test.y.tolist()))) == (1000, [243, 999])
 
 
+def test_lists_of_classes_of_other_names_are_told(tmp_path: Path) -> None:
+    lists = {"labels.txt": b"dog", "classes.json": b"[]", "class_to_idx.json": b"{}", "README.txt": b""}
+    told = r"not read as lists of classes; classes.txt is, .*: 3 \(class_to_idx.json, classes.json, labels.txt\)"
+    for path in laid_out(members(**lists), tmp_path):
+        with pytest.warns(DataWarning, match=told):
+            found = data.load(str(path))
+        assert found.class_names == ("cat", "dog")
+        (listed := tmp_path / "listed.json").write_text('["dog", "cat"]')
+        assert data.load(str(path), request=data.Request(classes=data.read_classes(listed))).class_names[0] == "dog"
+    for path in laid_out(members(**lists, **{"classes.txt": b"dog\ncat"}), tmp_path):
+        assert data.load(str(path)).class_names == ("dog", "cat")
+
+
+@pytest.mark.filterwarnings("default:.*more than one label")
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_image_with_two_labels_is_told(tmp_path: Path, part: str) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"{one}/{label}/{n}.png" for one in ("train", "test") for label in ("cat", "dog") for n in range(3)]
+    files = {name: png(rng.integers(0, 256, (8, 8, 3)), 8) for name in names}
+    files[f"{part}/dog/8.png"] = files[f"{part}/dog/9.png"] = files[f"{part}/cat/0.png"]
+    for path in laid_out(files, tmp_path):
+        with pytest.warns(DataWarning, match=rf"1 image has more than one label, such as {part}/.* \('cat'\) and"):
+            data.load(str(path))
+
+
 def test_a_list_of_classes_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     for path in laid_out(members() | {"classes.txt": "dog\ncat\n".encode("utf-8-sig")}, tmp_path):
         assert data.load(str(path)).class_names == ("dog", "cat")

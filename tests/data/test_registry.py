@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sparring import data
 from sparring.data._places import SYSTEM_ROOTS, File, Find, Source
 from sparring.data._types import balanced_order
-from sparring.errors import DataError, UnknownNameError
+from sparring.errors import DataError, DataWarning, UnknownNameError
 
 from .hostile_parts import arrays, image, pictures, zipped
 
@@ -198,6 +198,18 @@ def test_a_file_of_another_kind_is_not_called_missing(tmp_path: Path, name: str)
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{name} is not one of .zip, .*numpy.savez"):
         data.load(str(tmp_path / name))
+
+
+@pytest.mark.filterwarnings("default:.*more than one label")
+def test_arrays_with_two_labels_for_an_image_are_told(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    x[25], x[27] = x[20], x[22]
+    (tmp_path / "x.npz").write_bytes(
+        arrays(x_train=x[:20], y_train=np.arange(20) % 2, x_test=x[20:], y_test=np.arange(10) % 2)
+    )
+    found = r"2 images have more than one label, such as a test image \('.'\) and a test image \('.'\)"
+    with pytest.warns(DataWarning, match=found):
+        data.load(str(tmp_path / "x.npz"))
 
 
 @pytest.mark.filterwarnings("default:.*test images are also training")

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import torch
 from ..errors import DataError, DataWarning, UserError
 from ..files import canonical_json
 from ._cache import Decoded, any_coloured, decoded, decoders, hashes_of, known_hashes, rows_like_first
-from ._decode import Pixels
 from ._pixels import PIXELS, Rows
 from ._places import Progress
 from ._request import EVERYTHING, SPLITS, Request
@@ -74,8 +73,9 @@ def load_images(
     identity = _identity(listing, every, y, sizes, len(labels), found, request)
     if request.identify:
         identity = _files_hash(listing, path)
-    elif identity or isinstance(found.x, Undecoded):
-        _tell_shared(found.hashes, sizes, path)
+    else:
+        given, names = [labels[at] for at in y.tolist()], [entry.member for entry in every]
+        tell_shared(_keys(found, by_file=bool(identity)), given, sizes[-1], names, path)
     splits = dict(zip(order, map(Split, torch.split(found.x, sizes), torch.split(y, sizes)), strict=True))
     if drawn is not None and kept:
         splits["test"] = take(splits["test"], drawn)
@@ -88,13 +88,11 @@ def load_images(
     return replace(made, left_out=left_out)
 
 
-def _tell_shared(hashes: Pixels | None, sizes: list[int], path: Path) -> None:
-    """Warn of test images whose files are also training or validation images."""
-    if hashes is None or len(sizes) == 1:
-        return
-    each, tested = [row.tobytes() for row in hashes], sizes[-1]
-    seen = set(each[:-tested])
-    tell_shared(sum(one in seen for one in each[-tested:]), tested, path)
+def _keys(found: Decoded, *, by_file: bool) -> list[Hashable]:
+    """Return a key of each image, equal for equal pixels, or for equal files if there are many or none is decoded."""
+    if found.hashes is not None and (by_file or isinstance(found.x, Undecoded)):
+        return [row.tobytes() for row in found.hashes]
+    return [hash(image.numpy().tobytes()) for image in found.x]
 
 
 def _announce(begin: Begin | None, name: str, every_y: dict[str, torch.Tensor], classes: int, how: Rows) -> None:
@@ -283,6 +281,8 @@ def _tell(
         "of several frames only the first was read": list(animated),
     }
     listed = told or bool(listing.named)
+    if not listed:
+        found[f"not read as lists of classes; {CLASSES} is, and so is the file of --classes"] = listing.lists
     for part in SPLITS[1:]:
         present = {entry.label for entry in parts.get(part, ())}
         if present and not listed:

@@ -15,7 +15,6 @@ from ._places import Content, Find, Progress, Source, expand, is_file, is_folder
 from ._places import download as fetch
 from ._request import EVERYTHING, Request
 from ._types import Dataset, limited, tell_shared
-from ._undecoded import Undecoded
 from .formats._known_sets import CIFAR10, FASHION_MNIST, MNIST, cifar10, digits, fashion_mnist, mnist, mnist_5k
 from .formats._listing import PARTS, Listing, list_folder, part_of, walk
 from .formats._npz import load_arrays
@@ -92,11 +91,9 @@ def load(
     if kind == "arrays":
         dataset = load_arrays(path, _label(path), request)
         dataset = limited(dataset, request.limit) if request.limit else dataset
-    else:
-        dataset = load_images(path, _label(path), request, progress, listing=_listed(path), begin=begin)
-    if not dataset.identity and not isinstance(dataset.test.x, Undecoded):
         _tell_shared(dataset, path)
-    return dataset
+        return dataset
+    return load_images(path, _label(path), request, progress, listing=_listed(path), begin=begin)
 
 
 def _listed(path: Path) -> Listing:
@@ -139,10 +136,11 @@ def _listed_files(path: Path, listing: Listing) -> Listing:
 
 
 def _tell_shared(dataset: Dataset, path: Path) -> None:
-    seen = {hash(image.numpy().tobytes()) for split in (dataset.train, dataset.valid) for image in split.x}
-    if seen:
-        shared = sum(hash(image.numpy().tobytes()) in seen for image in dataset.test.x)
-        tell_shared(shared, len(dataset.test.x), path)
+    parts = (("training", dataset.train), ("validation", dataset.valid), ("test", dataset.test))
+    keys = [hash(image.numpy().tobytes()) for _, split in parts for image in split.x]
+    names = dataset.class_names or list(map(str, range(dataset.classes)))
+    labels = [names[at] for _, split in parts for at in split.y.tolist()]
+    tell_shared(keys, labels, len(dataset.test.y), [f"a {part} image" for part, split in parts for _ in split.y], path)
 
 
 def _from_function(name: str) -> Dataset:

@@ -9,7 +9,7 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -197,10 +197,20 @@ def counted(labels: Mapping[str, Tensor], names: Sequence[str]) -> str:
     return f"images: {'; '.join(told)}"
 
 
-def tell_shared(shared: int, tested: int, path: Path) -> None:
-    """Warn of test images that are also training or validation images: results on them are too good."""
-    if shared:
+def tell_shared(keys: Sequence[Hashable], labels: Sequence[str], tested: int, names: Sequence[str], path: Path) -> None:
+    """Warn of images with more than one label, and of test images (the last) that are also others.
+
+    Results on these are too good. Equal images have equal `keys`; `names` say which one is meant.
+    """
+    seen = set(keys[:-tested])
+    if shared := sum(key in seen for key in keys[-tested:]):
         told = f"{path}: {shared} of {tested} test images are also training or validation images"
+        warnings.warn(told, DataWarning, stacklevel=4)
+    first = dict(reversed(list(zip(keys, range(len(keys)), strict=True))))
+    if pairs := {key: (first[key], at) for at, key in enumerate(keys) if labels[at] != labels[first[key]]}:
+        found = " and ".join(f"{names[at]} ('{labels[at]}')" for at in next(iter(pairs.values())))
+        many = "images have" if len(pairs) > 1 else "image has"
+        told = f"{path}: {len(pairs)} {many} more than one label, such as {found}"
         warnings.warn(told, DataWarning, stacklevel=4)
 
 

@@ -44,6 +44,10 @@ def test_finetune_inherits_from_recipe() -> None:
         ("[recipe]\nepoch = 3", r"unknown key 'recipe.epoch'; did you mean 'epochs'"),
         ("[[attacks]]\nname = 'fgsm'\neps = [0.1]\nstep = 3", r"unknown key 'attacks.0.step'"),
         ("seeds = 'three'", r"key 'seeds'"),
+        ("[model]\nname = 'mlp'\nwidths = [true]", r"key 'model.widths.0' does not take true"),
+        ("[controls]\ndecays = [false]", r"key 'controls.decays.0' does not take false"),
+        ("[[certify]]\nsparsities = [0.51]", r"narrowed to sparsities that the plan does not have, 0.51"),
+        ("[[exact]]\nsparsities = [0.7, 0.71]", r"narrowed to sparsities that the plan does not have, 0.7, 0.71"),
         ("seeds = 0", r"seeds must lie between 1 and 1000"),
         ("seeds = 99999999999999999999999", r"seeds"),
         ("[margins]\naccurcy = 0.01", r"unknown margin 'accurcy'. Did you mean 'accuracy'"),
@@ -87,6 +91,9 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
         ("attacks.9.eps=[0.1]", "not an index of a list"),
         ("seeds.deep=3", "is a value, not a table"),
         ("seeds=[", "not a value in TOML"),
+        ("seeds=5\ndata='mnist'", "not a value in TOML"),
+        ("=5", "takes KEY=VALUE, such as --set seeds=5, not '=5'"),
+        ("attacks.².eps=[0.1]", "'²' is not an index of a list"),
     ],
 )
 def test_bad_overrides_are_named(override: str, message: str) -> None:

@@ -14,7 +14,7 @@ import sparring
 from sparring.data import Dataset
 from sparring.facts import ATTACKS
 from sparring.files import canonical_json, sha256_bytes
-from sparring.records import Record
+from sparring.records import Cell, Record
 from sparring.study import DataFacts, Event, Plan, lay_out, run
 from sparring.study.plans._task_graph import is_key_of
 from sparring.study.runner import _schedule
@@ -154,6 +154,16 @@ def test_one_attack_on_networks_that_mask_gradients_is_done_again_alone(monkeypa
     monkeypatch.setitem(ATTACKS, "fast", replace(ATTACKS["fast"], masked=2))
     new = [task for key, task in tasks().items() if key not in now]
     assert [(task.table()["activation"]["kind"], task.table()["attack"]["eps"]) for task in new] == [("top-k", 0.1)]
+
+
+def test_what_a_plan_lists_twice_counts_once() -> None:
+    def cells(times: int) -> list[Cell]:
+        fgsm = {"name": "fgsm", "eps": [0.1] * times}
+        more: dict[str, Any] = {"activation": [{"kind": "top-k", "levels": [0.5] * times}], "attacks": [fgsm] * times}
+        more |= {"checkpoints": ["final"] * times, "controls": {"small_dense": [0.5] * times}}
+        return lay_out(Plan.from_table(TABLE | more | {"sparsities": [0.5] * times}), FACTS).cells
+
+    assert cells(2) == cells(1)
 
 
 def test_distances_on_networks_that_draw_are_measured_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:

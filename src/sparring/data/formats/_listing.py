@@ -20,6 +20,7 @@ from .._decode import MOST_FILE, endings
 
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 CLASSES = "classes.txt"
+LISTS = re.compile(r".*(class|label|categor|synset)[^.]*[.](txt|json|csv|tsv|ya?ml)")  # as other tools call it
 LAYOUT = "{part}/<class>/"
 FRACTION = re.compile("[.]0$")  # of a number in a column with gaps, as pandas writes it
 UNLABELLED = "images without a label"
@@ -53,8 +54,8 @@ class Source(Protocol):
 class Listing:
     """The content of a set: images, class folders, ignored files and folders, and information on classes.
 
-    `flat` are images without a split; `named` are classes in their order; `numbered` labels are their numbers. `layout`
-    describes where images of a split belong.
+    `flat` are images without a split; `named` are classes in their order, `lists` files that may name them too;
+    `numbered` labels are their numbers. `layout` describes where images of a split belong.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class Listing:
     named_parts: set[str] = field(default_factory=set)
     roots: set[str] = field(default_factory=set)
     named: list[str] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
     numbered: bool = False
     layout: str = LAYOUT
     left: dict[str, list[str]] = field(default_factory=dict)
@@ -170,7 +172,11 @@ class Listing:
             self.outside.append(member)
             if folders:
                 self.flat.append(Entry(self.count, "", one_form(folders[-1]), member))
-        return name.lower() == CLASSES and not set(folders) & set(PARTS)
+        if set(folders) & set(PARTS) or not LISTS.fullmatch(name.lower()):
+            return False
+        if name.lower() != CLASSES and not member.endswith("/"):
+            self.lists.append(member)
+        return name.lower() == CLASSES
 
 
 def one_form(label: str) -> str:

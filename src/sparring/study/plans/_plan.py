@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import itertools
 import tomllib
 import types
 import typing
@@ -147,6 +148,13 @@ class Plan:
     def _check_methods(self, known: set[str]) -> None:
         """Raise UserError if a table is narrowed to a method that is not in the plan."""
         tables = (*self.attacks, *self.transfer, *self.certify, *self.lipschitz, *self.verify, *self.shipped)
+        grids = (p.sparsities or () for p in self.pruning), (a.levels for a in self.activation)
+        made = {0.0, *self.sparsities, *itertools.chain(*itertools.chain(*grids))}
+        made |= {*self.controls.small_dense, *self.controls.wide_sparse}
+        for table in (*tables, *self.exact):
+            if table.sparsities is not None and made.isdisjoint(table.sparsities):
+                asked = ", ".join(f"{one:g}" for one in table.sparsities)
+                raise PlanError(f"a table is narrowed to sparsities that the plan does not have, {asked}; correct them")
         for method in (method for table in tables for method in table.methods or ()):
             if method not in known:
                 raise UnknownNameError("method", method, known)
@@ -289,10 +297,10 @@ def override_(table: dict[str, Any], override: str) -> None:
     """Write one KEY=VALUE (VALUE in TOML, or a bare word) into a nested table, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise PlanError(f"--set takes KEY=VALUE, such as --set seeds=5; '{override}' has no '='")
+        raise PlanError(f"--set takes KEY=VALUE, such as --set seeds=5, not '{override}'")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        (value,) = tomllib.loads(f"value = {text}").values()
+    except ValueError:  # also of several lines
         if any(mark in text for mark in "[]{}\"'\n="):
             raise PlanError(f"--set {key}: '{text}' is not a value in TOML") from None
         value = text  # a bare word is a string, so that --set data=mnist works
@@ -318,7 +326,7 @@ def _step(place: Any, part: str, key: str) -> Any:
 
 
 def _index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
+    if not part.isdecimal() or int(part) >= len(place):
         raise PlanError(f"--set {key}: '{part}' is not an index of a list with {len(place)} entries, counted from 0")
     return int(part)
 
@@ -338,6 +346,7 @@ def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) ->
             refuse_unknown(option, value, source, path)
     elif origin is tuple and isinstance(value, list):
         for index, item in enumerate(value):
+            _refuse_bool(arguments[0], item, source, (*path, str(index)))
             refuse_unknown(arguments[0], item, source, (*path, str(index)))
     elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
@@ -347,9 +356,13 @@ def refuse_unknown(kind: Any, value: Any, source: str, path: tuple[str, ...]) ->
                 near = difflib.get_close_matches(key, known, n=1) or _nested(kind, key)
                 hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
                 raise PlanError(f"{source}: unknown key '{'.'.join((*path, key))}'{hint}")
-            if isinstance(item, bool) and not {bool, Any} & {hints[key], *typing.get_args(hints[key])}:
-                raise PlanError(f"{source}: key '{'.'.join((*path, key))}' does not take {str(item).lower()}")
+            _refuse_bool(hints[key], item, source, (*path, key))
             refuse_unknown(hints[key], item, source, (*path, key))
+
+
+def _refuse_bool(kind: Any, value: Any, source: str, path: tuple[str, ...]) -> None:
+    if isinstance(value, bool) and not {bool, Any} & {kind, *typing.get_args(kind)}:
+        raise PlanError(f"{source}: key '{'.'.join(path)}' does not take {str(value).lower()}")
 
 
 def _nested(kind: Any, key: str) -> list[str]:

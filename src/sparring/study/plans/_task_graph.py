@@ -123,6 +123,7 @@ def lay_out(plan: Plan, data: DataFacts, *, place: Place = CPU, code: Mapping[st
         return work
     for seed in range(plan.seeds):
         _Seed(work, plan, data, seed).lay_out()
+    work.cells[:] = dict.fromkeys(work.cells)  # a plan may list a level or a checkpoint twice
     return work
 
 
@@ -283,7 +284,7 @@ class _Seed:
             label = at_checkpoint(method, checkpoint)
             removed = 0.0 if kind == "small dense" else sparsity
             part = replace(network, checkpoint=checkpoint)
-            keys = (*tasks, *self._judgements(part, label, sparsity, removed, made, surrogate))
+            keys = tuple(dict.fromkeys((*tasks, *self._judgements(part, label, sparsity, removed, made, surrogate))))
             self.work.cells.append(Cell(self.seed, label, sparsity, axis, kind, checkpoint, keys))
 
     def _judgements(
