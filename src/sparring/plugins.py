@@ -91,8 +91,9 @@ def check_options(
                 f"{who}: option '{name}' takes a value that only Python code can give; remove it"
             ) from error
         except (TypeError, ValueError) as error:
-            named = isinstance(error, ValidationError)
-            why = error.errors(include_url=False)[0]["msg"] if named else "Input should be a finite number or text"
+            why = "Input should be a finite number or text"
+            if isinstance(error, ValidationError):
+                why = error.errors(include_url=False)[0]["msg"]
             raise UserError(f"{who}: option '{name}': {why.splitlines()[0]}, not {value!r}") from error
 
 

@@ -149,13 +149,13 @@ def test_a_list_of_classes_fixes_the_labels(tmp_path: Path) -> None:
 def test_lists_of_classes_of_other_names_are_told(tmp_path: Path) -> None:
     lists = {"labels.txt": b"dog", "classes.json": b"[]", "class_to_idx.json": b"{}", "README.txt": b""}
     told = r"not read as lists of classes; classes.txt is, .*: 3 \(class_to_idx.json, classes.json, labels.txt\)"
-    for path in laid_out(members(**lists), tmp_path):
+    for path in laid_out(members() | lists, tmp_path):
         with pytest.warns(DataWarning, match=told):
             found = data.load(str(path))
         assert found.class_names == ("cat", "dog")
         (listed := tmp_path / "listed.json").write_text('["dog", "cat"]')
         assert data.load(str(path), request=data.Request(classes=data.read_classes(listed))).class_names[0] == "dog"
-    for path in laid_out(members(**lists, **{"classes.txt": b"dog\ncat"}), tmp_path):
+    for path in laid_out(members() | lists | {"classes.txt": b"dog\ncat"}, tmp_path):
         assert data.load(str(path)).class_names == ("dog", "cat")
 
 

@@ -46,8 +46,6 @@ def test_finetune_inherits_from_recipe() -> None:
         ("seeds = 'three'", r"key 'seeds'"),
         ("[model]\nname = 'mlp'\nwidths = [true]", r"key 'model.widths.0' does not take true"),
         ("[controls]\ndecays = [false]", r"key 'controls.decays.0' does not take false"),
-        ("[[certify]]\nsparsities = [0.51]", r"narrowed to sparsities that the plan does not have, 0.51"),
-        ("[[exact]]\nsparsities = [0.7, 0.71]", r"narrowed to sparsities that the plan does not have, 0.7, 0.71"),
         ("seeds = 0", r"seeds must lie between 1 and 1000"),
         ("seeds = 99999999999999999999999", r"seeds"),
         ("[margins]\naccurcy = 0.01", r"unknown margin 'accurcy'. Did you mean 'accuracy'"),

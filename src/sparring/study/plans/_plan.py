@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import difflib
 import functools
-import itertools
 import tomllib
 import types
 import typing
@@ -148,13 +147,6 @@ class Plan:
     def _check_methods(self, known: set[str]) -> None:
         """Raise UserError if a table is narrowed to a method that is not in the plan."""
         tables = (*self.attacks, *self.transfer, *self.certify, *self.lipschitz, *self.verify, *self.shipped)
-        grids = (p.sparsities or () for p in self.pruning), (a.levels for a in self.activation)
-        made = {0.0, *self.sparsities, *itertools.chain(*itertools.chain(*grids))}
-        made |= {*self.controls.small_dense, *self.controls.wide_sparse}
-        for table in (*tables, *self.exact):
-            if table.sparsities is not None and made.isdisjoint(table.sparsities):
-                asked = ", ".join(f"{one:g}" for one in table.sparsities)
-                raise PlanError(f"a table is narrowed to sparsities that the plan does not have, {asked}; correct them")
         for method in (method for table in tables for method in table.methods or ()):
             if method not in known:
                 raise UnknownNameError("method", method, known)
