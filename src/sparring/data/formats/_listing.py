@@ -20,7 +20,8 @@ from .._decode import MOST_FILE, endings
 
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 CLASSES = "classes.txt"
-LISTS = re.compile(r".*(class|label|category|categories|synset)[^.]*[.](txt|json|csv|tsv|ya?ml)")  # as other tools call it
+# What other tools call a list of classes.
+LISTS = re.compile(r".*(class|label|category|categories|synset)[^.]*[.](txt|json|csv|tsv|ya?ml)")
 LAYOUT = "{part}/<class>/"
 FRACTION = re.compile("[.]0$")  # of a number in a column with gaps, as pandas writes it
 UNLABELLED = "images without a label"
