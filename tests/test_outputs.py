@@ -81,6 +81,7 @@ def test_logits_are_found_in_what_a_model_returns(wrap: Callable[[Tensor], objec
 ODD: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "numpy": (lambda z: z.detach().numpy(), "returned a ndarray"),
     "keys": (lambda z: {"out": z}, "dict with the keys out"),
+    "nested": (lambda z: {"logits": {"logits": z}}, "a dict that has a dict where logits should be; return logits"),
     "nothing": (lambda z: None, "returned a NoneType"),
     "sparse": (lambda z: z.to_sparse(), "tensor of torch.float32 and torch.sparse_coo"),
     "classes": (lambda z: z.argmax(1), "tensor of torch.int64"),
@@ -119,6 +120,14 @@ def test_what_is_no_module_or_has_no_weights_yet_is_refused(images: Tensor) -> N
     x = (images * 255).byte()
     with pytest.raises(UserError, match="exported from"):
         check_fit(fixed, from_splits("own", None, None, Split(x, y), classes=3))
+
+
+@pytest.mark.parametrize(("value", "told"), [(torch.inf, "returns infinite logits"), (torch.nan, "returns NaN")])
+def test_logits_that_are_no_numbers_are_named(value: float, told: str, images: Tensor) -> None:
+    x, y = (images * 255).byte(), torch.arange(24) % 3
+    model = Net(lambda z: torch.cat([z[:, :2], z[:, 2:] * 0 + value], 1)).eval()
+    with pytest.raises(UserError, match=told):
+        check_fit(model, from_splits("own", None, None, Split(x, y), classes=3))
 
 
 def test_what_forward_raises_is_the_cause(images: Tensor) -> None:

@@ -37,7 +37,9 @@ def logits_of(output: object) -> Tensor:
     if isinstance(found, Tensor) and found.is_floating_point() and found.layout == torch.strided:
         return found
     what = f"a {type(output).__name__}"
-    if isinstance(output, Tensor):
+    if found is not output and found is not None and not isinstance(found, Tensor):
+        what += f" that has a {type(found).__name__} where logits should be"
+    elif isinstance(output, Tensor):
         what = f"a tensor of {output.dtype}" + ("" if output.layout == torch.strided else f" and {output.layout}")
     elif isinstance(output, Mapping):
         what += f" with the keys {', '.join(map(str, output))}"

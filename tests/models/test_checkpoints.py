@@ -76,6 +76,8 @@ KEPT: dict[str, tuple[Any, str]] = {
     "averaged": ({"model_ema": OTHER, "model_state_dict": STATE, "best": torch.tensor(0.9)}, "model_state_dict"),
     "only averaged": ({"ema": {"module": STATE, "decay": 0.99}, "optimizer": OPTIMISER}, "ema.module"),
     "compiled and parallel": ({f"_orig_mod.module.{name}": value for name, value in STATE.items()}, ""),
+    "compiled in parts": ({name.replace("0.", "0._orig_mod.", 1): value for name, value in STATE.items()}, ""),
+    "sharded in parts": ({name.replace("1.", "1._fsdp_wrapped_module."): value for name, value in STATE.items()}, ""),
     "swa": ({f"module.{name}": value for name, value in STATE.items()} | {"n_averaged": torch.tensor(3)}, ""),
     "beside moments": ({"mean": torch.zeros(3), "std": torch.ones(3), "model": STATE}, "model"),
     "in two parts": ({"model": {"head": {"weight": torch.ones(2)}, "backbone": STATE}}, "model.backbone"),
@@ -131,6 +133,9 @@ def test_one_of_several_networks_in_one_set_by_its_prefix() -> None:
     both = {f"student.{n}": v for n, v in STATE.items()} | {f"teacher.{n}": v for n, v in OTHER.items()}
     assert torch.equal(chosen({"model": both}, key="teacher").tensors["0.weight"], OTHER["0.weight"])
     assert torch.equal(chosen({"model": both}, key="model.student").tensors["0.weight"], STATE["0.weight"])
+    averaged = {name: value + 1 for name, value in both.items()}
+    for groups in ({"ema": averaged, "state_dict": both}, {"state_dict": both, "ema": averaged}):
+        assert torch.equal(chosen(groups, key="teacher").tensors["0.weight"], OTHER["0.weight"])
 
 
 @pytest.mark.parametrize(
@@ -186,6 +191,23 @@ def test_a_plain_pickle_and_no_file_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "none.pt")
 
 
+def test_a_file_with_one_wrong_bit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "it.pth"
+    torch.save({"w": torch.full((999,), 0.7)}, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(torch.tensor([0.7] * 9).numpy().tobytes()) + 99
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged: 'it/data/0' does not have its checksum; copy it again"):
+        read_checkpoint(path)
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save({"w": torch.full((999,), 0.7)}, path)
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    assert read_checkpoint(path).tensors["w"][5] == torch.tensor(0.7)
+
+
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1).expand(100_000, 1_000_000)}, tmp_path / "wide.pt")
     with pytest.raises(UserError, match="more memory than a checkpoint of its size"):
@@ -197,10 +219,14 @@ def test_without_weights_it_says_what_to_save() -> None:
         chosen({"": {"epoch": torch.tensor(3)}, "optimizer.state": {"exp_avg": torch.ones(3)}})
 
 
-@pytest.mark.parametrize("name", ["base_model.model.0.lora_A.default.weight", "0.parametrizations.weight.0.base"])
+@pytest.mark.parametrize(
+    "name", ["base_model.model.0.lora_A.default.weight", "0.parametrizations.weight.0.base", "1._flat_param"]
+)
 def test_weights_to_be_computed_from_others_are_refused_with_the_way_out(name: str) -> None:
     state = {"0.weight": torch.ones(2, 2), name: torch.ones(2, 2)}
-    with pytest.raises(LookupError, match=re.escape(name) + r".*(merge_and_unload|remove_parametrizations)"):
+    with pytest.raises(
+        LookupError, match=re.escape(name) + r".*(merge_and_unload|remove_parametrizations|FULL_STATE_DICT)"
+    ):
         chosen({"": state})
     assert chosen({"": state}, as_is=True).tensors == state
 

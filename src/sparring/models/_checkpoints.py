@@ -20,6 +20,7 @@ from ..files import MIB, explain, load_tensors
 LARGEST = 8192 * MIB
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # around parts of a network
 # Where training tools store the weights, the likeliest first, then the outermost level, where a mean may be stored;
 # averaged weights only if there are no others.
 KEPT_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "")
@@ -77,6 +78,7 @@ def _refuse_unfinished(names: Mapping[str, object]) -> None:
     """Raise LookupError if weights are computed from others in a way that their names do not show."""
     for part, cause, way_out in (
         ("lora_A", "belongs to a LoRA adapter that changes the weights", "merge it, in peft with merge_and_unload()"),
+        ("_flat_param", "holds many weights of a sharded network", "collect them by FSDP's FULL_STATE_DICT"),
         ("parametrizations.", "belongs to a parametrised weight", "remove it with remove_parametrizations()"),
     ):
         if name := next((name for name in names if part in name), None):
@@ -84,8 +86,8 @@ def _refuse_unfinished(names: Mapping[str, object]) -> None:
 
 
 def _beginning(groups: Mapping[str, dict[str, Tensor]], start: str) -> dict[str, Tensor]:
-    """Return the tensors of the first set with names that begin so, by the rest of their names."""
-    for at, group in groups.items():
+    """Return the tensors of the likeliest set with names that begin so, by the rest of their names."""
+    for at, group in sorted(groups.items(), key=lambda item: _rank(item[0], len(item[1]))):
         full = {f"{at}.{name}".lstrip("."): value for name, value in group.items()}
         found = {name.removeprefix(f"{start}."): full[name] for name in full if name.startswith(f"{start}.")}
         if not found and at:
@@ -148,7 +150,8 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 def plain_weights(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return weights with the names of the plain network, and a note on each change.
 
-    Removes prefixes that every name has ("module.", "_orig_mod.", "model.") and torch's count of averaged models. The
+    Removes prefixes that every name has ("module.", "_orig_mod.", "model."), what torch.compile, FSDP and checkpointing
+    put around parts of a network, and torch's count of averaged models. The
     pairs of torch.nn.utils.prune, weight_norm and spectral_norm become the weights that forward() uses.
     """
     found, notes = dict(tensors), []
@@ -158,6 +161,11 @@ def plain_weights(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tup
     for prefix in _prefixes(found):
         found = {name.removeprefix(prefix): value for name, value in found.items()}
         notes.append(f"removed the prefix '{prefix}' from every name")
+    for part in INNER:
+        plain = {name.replace(part, ""): value for name, value in found.items()}
+        if plain.keys() != found.keys() and len(plain) == len(found):
+            found = plain
+            notes.append(f"removed '{part}' from names")
     steps = ((_apply_masks_, "mask"), (_apply_weight_norm_, "weight norm"), (_apply_spectral_norm_, "spectral norm"))
     for apply_, what in steps:
         made = apply_(found)

@@ -12,6 +12,7 @@ import json
 import re
 import resource
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,24 @@ def limit(more: int) -> None:
         resource.setrlimit(what, (most, most))
     spent = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
     resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS, spent + SECONDS))
+
+
+def check_sums(path: Path) -> None:
+    """Raise Refused if a part of a zip file does not have its checksum, which torch does not look at."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6
+        return
+    with zipfile.ZipFile(path) as whole:
+        for part in whole.infolist():
+            if part.CRC == 0:  # torch can leave them out
+                continue
+            with whole.open(part) as file:
+                try:
+                    while file.read(1 << 20):
+                        pass
+                except zipfile.BadZipFile:
+                    raise Refused(
+                        f"it is damaged: '{part.filename}' does not have its checksum; copy it again"
+                    ) from None
 
 
 def unpickled(path: Path) -> Any:
@@ -183,7 +202,9 @@ def main(source: str, target: str, more: str) -> None:
     """Write the groups' tensors to a safetensors file; print paths, and names that it cannot hold, as JSON."""
     limit(int(more))
     try:
-        groups = by_name(branches(unpickled(Path(source))))
+        content = unpickled(Path(source))
+        check_sums(Path(source))
+        groups = by_name(branches(content))
         tensors = {f"{at}/{name}": value for at, group in enumerate(groups.values()) for name, value in group.items()}
         lost = [name for name, value in tensors.items() if not can_be_written(value)]
         whole = {name: value for name, value in tensors.items() if name not in set(lost)}

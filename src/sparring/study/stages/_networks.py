@@ -190,8 +190,12 @@ def check_fit(model: nn.Module, dataset: Dataset) -> None:
             logits = opened(model, images)(images)
     except UserError as error:
         raise UserError(f"the model does not accept the images of {dataset.name}: {error}") from error
-    if bool(logits.isnan().any()):
-        raise UserError(f"the model returns NaN for {dataset.name}'s images; check its weights for NaN")
+    if not bool(logits.isfinite().all()):
+        what = "NaN" if bool(logits.isnan().any()) else "infinite logits"
+        raise UserError(
+            f"the model returns {what} for {dataset.name}'s images; check its weights, and divisions and logarithms in "
+            "forward()"
+        )
     if logits.shape[1] != dataset.classes:
         raise UserError(
             f"the model returns {logits.shape[1]} numbers per image, but {dataset.name} has {dataset.classes} "
